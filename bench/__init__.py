@@ -1,0 +1,1 @@
+"""Benchmarks of stepladder, installed as stepladder.bench."""

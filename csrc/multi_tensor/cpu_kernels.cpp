@@ -1,0 +1,468 @@
+// The CPU executor's kernels. Compiled once for each vector width, with SL_ISA naming the width and the
+// compiler's target flags set to match; nothing here may be visible to another width's copy.
+//
+// A chunk is walked in blocks that fit the L1 cache. A column whose storage dtype is the arithmetic type
+// and whose elements are consecutive is used in place; any other is staged: converted or gathered into a
+// buffer, updated there, and stored back with one rounding. Every rule thus compiles to one vectorised
+// loop for each arithmetic type, whatever the dtypes and layouts around it.
+#include "multi_tensor/kernels.h"
+
+#include <utility>
+
+#include "common/philox.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace stepladder {
+namespace SL_ISA {
+
+constexpr int kBlock = 1024;  // elements; a multiple of kLanes and of kPhiloxElements
+constexpr int kMaxDims = 64;
+
+template <class T>
+struct Stage {
+  alignas(64) T columns[kColumns][kBlock];
+};
+
+template <class T>
+struct dtype_of;
+template <>
+struct dtype_of<double> {
+  static constexpr DType value = DType::f64;
+};
+template <>
+struct dtype_of<float> {
+  static constexpr DType value = DType::f32;
+};
+
+template <class T, class S>
+static inline void load_array(const S* SL_RESTRICT in, int64_t n, T* SL_RESTRICT out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = load_as<T>(in[i]);
+}
+
+template <class T, class S>
+static inline void store_array(S* SL_RESTRICT out, int64_t n, const T* SL_RESTRICT in) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store_as(&out[i], in[i]);
+}
+
+#if defined(__F16C__)
+// The processor's own conversions give the same bits (NaN payloads apart) and are faster.
+static inline void load_array(const f16* SL_RESTRICT in, int64_t n, float* SL_RESTRICT out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  for (; i < n; ++i) out[i] = to_float(in[i]);
+}
+
+static inline void store_array(f16* SL_RESTRICT out, int64_t n, const float* SL_RESTRICT in) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  for (; i < n; ++i) out[i] = to_f16(in[i]);
+}
+#endif
+
+// Calls visit(offset, run, stride, position) for each stretch of the innermost dimension that lies in
+// the logical elements [begin, begin + n).
+template <class Visit>
+static inline void for_each_run(const Layout& layout, int column, int64_t begin, int64_t n, Visit visit) {
+  const int last = static_cast<int>(layout.sizes.size()) - 1;
+  const int64_t* sizes = layout.sizes.data();
+  const int64_t* strides = layout.strides[column].data();
+  int64_t at[kMaxDims];
+  int64_t rest = begin, offset = 0;
+  for (int d = last; d >= 0; --d) {
+    at[d] = rest % sizes[d];
+    rest /= sizes[d];
+    offset += at[d] * strides[d];
+  }
+  for (int64_t done = 0; done < n;) {
+    const int64_t left = sizes[last] - at[last];
+    const int64_t run = left < n - done ? left : n - done;
+    visit(offset, run, strides[last], done);
+    done += run;
+    at[last] += run;
+    offset += run * strides[last];
+    for (int d = last; d > 0 && at[d] == sizes[d]; --d) {
+      offset += strides[d - 1] - at[d] * strides[d];
+      at[d] = 0;
+      ++at[d - 1];
+    }
+  }
+}
+
+template <class T>
+struct Access {
+  const Tensor& tensor;
+  bool in_order;  // walk the logical order even where memory order would do
+
+  bool flat() const { return tensor.contiguous || (tensor.uniform && !in_order); }
+
+  template <class S>
+  void load(int column, int64_t begin, int64_t n, T* out) const {
+    const S* data = static_cast<const S*>(tensor.columns[column].data);
+    if (flat()) {
+      load_array(data + begin, n, out);
+      return;
+    }
+    for_each_run(tensor.layout, column, begin, n, [&](int64_t offset, int64_t run, int64_t stride, int64_t at) {
+      for (int64_t i = 0; i < run; ++i) out[at + i] = load_as<T>(data[offset + i * stride]);
+    });
+  }
+
+  template <class S>
+  void store(int column, int64_t begin, int64_t n, const T* in) const {
+    S* data = static_cast<S*>(tensor.columns[column].data);
+    if (flat()) {
+      store_array(data + begin, n, in);
+      return;
+    }
+    for_each_run(tensor.layout, column, begin, n, [&](int64_t offset, int64_t run, int64_t stride, int64_t at) {
+      for (int64_t i = 0; i < run; ++i) store_as(&data[offset + i * stride], in[at + i]);
+    });
+  }
+
+  bool in_place(int column) const { return flat() && tensor.columns[column].dtype == dtype_of<T>::value; }
+
+  // The column's elements [begin, begin + n) in the arithmetic type: in place, or copied to `buffer`.
+  T* open(int column, int64_t begin, int64_t n, T* buffer) const {
+    if (in_place(column)) return static_cast<T*>(tensor.columns[column].data) + begin;
+    copy_in(column, begin, n, buffer);
+    return buffer;
+  }
+
+  void copy_in(int column, int64_t begin, int64_t n, T* buffer) const {
+    switch (tensor.columns[column].dtype) {
+      case DType::f64: return load<double>(column, begin, n, buffer);
+      case DType::f32: return load<float>(column, begin, n, buffer);
+      case DType::bf16: return load<bf16>(column, begin, n, buffer);
+      case DType::f16: return load<f16>(column, begin, n, buffer);
+    }
+  }
+
+  void copy_out(int column, int64_t begin, int64_t n, const T* buffer) const {
+    switch (tensor.columns[column].dtype) {
+      case DType::f64: return store<double>(column, begin, n, buffer);
+      case DType::f32: return store<float>(column, begin, n, buffer);
+      case DType::bf16: return store<bf16>(column, begin, n, buffer);
+      case DType::f16: return store<f16>(column, begin, n, buffer);
+    }
+  }
+
+  // Stores what open() staged.
+  void close(int column, int64_t begin, int64_t n, const T* buffer) const {
+    if (in_place(column)) return;
+    if (column == kParam && tensor.stochastic) return store_stochastic(begin, n, buffer);
+    copy_out(column, begin, n, buffer);
+  }
+
+  void store_stochastic(int64_t begin, int64_t n, const T* in) const {
+    uint32_t random[kBlock];
+    const uint64_t first = static_cast<uint64_t>(begin) / kPhiloxElements;
+    const int64_t calls = (n + kPhiloxElements - 1) / kPhiloxElements;
+#pragma omp simd
+    for (int64_t call = 0; call < calls; ++call) {
+      const Philox4 bits = rounding_bits(tensor.seed, tensor.step, tensor.index, first + call);
+      for (int word = 0; word < 4; ++word) {
+        random[call * kPhiloxElements + 2 * word] = bits.word[word] & 0xffffu;
+        random[call * kPhiloxElements + 2 * word + 1] = bits.word[word] >> 16;
+      }
+    }
+    bf16 rounded[kBlock];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) rounded[i] = to_bf16_stochastic(static_cast<float>(in[i]), random[i]);
+    bf16* data = static_cast<bf16*>(tensor.columns[kParam].data);
+    if (flat()) {
+      memcpy(data + begin, rounded, n * sizeof(bf16));
+      return;
+    }
+    for_each_run(tensor.layout, kParam, begin, n, [&](int64_t offset, int64_t run, int64_t stride, int64_t at) {
+      for (int64_t i = 0; i < run; ++i) data[offset + i * stride] = rounded[at + i];
+    });
+  }
+
+  // The gradient as the rule sees it: unscaled, clipped, negated for maximize. The last pass over a chunk
+  // writes the unscaled gradient back; an earlier one must not, as storing may round.
+  const T* gradient(int64_t begin, int64_t n, const GradientScale& scale, bool write_back, T* buffer) const {
+    if (!scale.unscale && !scale.clip && !tensor.negate) return open(kGrad, begin, n, buffer);
+    copy_in(kGrad, begin, n, buffer);
+    if (scale.unscale) {
+      const T inverse = static_cast<T>(scale.inverse_scale);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) buffer[i] *= inverse;
+      if (write_back) copy_out(kGrad, begin, n, buffer);
+    }
+    const T factor = scale.clip ? static_cast<T>(scale.clip_factor) : T(1);
+    const T signed_factor = tensor.negate ? -factor : factor;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) buffer[i] *= signed_factor;
+    return buffer;
+  }
+};
+
+// A chunk whose columns are all used in place needs no blocks.
+template <class T>
+static int64_t block_size(const Access<T>& access, const GradientScale& scale, int64_t whole) {
+  if (scale.unscale || scale.clip || access.tensor.negate) return kBlock;
+  for (int c = 0; c < access.tensor.num_columns; ++c)
+    if (!access.in_place(c)) return kBlock;
+  return whole;
+}
+
+// body(w, g, state) for each element, every pointer in the arithmetic type.
+template <int kStates, class T, class Body>
+static inline void for_each_element(int64_t n, T* SL_RESTRICT w, const T* SL_RESTRICT g, T* const* states, Body body) {
+  T* SL_RESTRICT s0 = states[0];
+  T* SL_RESTRICT s1 = states[1];
+  T* SL_RESTRICT s2 = states[2];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    T state[kMaxStates];
+    if constexpr (kStates > 0) state[0] = s0[i];
+    if constexpr (kStates > 1) state[1] = s1[i];
+    if constexpr (kStates > 2) state[2] = s2[i];
+    T weight = w[i];
+    body(weight, g[i], state);
+    w[i] = weight;
+    if constexpr (kStates > 0) s0[i] = state[0];
+    if constexpr (kStates > 1) s1[i] = state[1];
+    if constexpr (kStates > 2) s2[i] = state[2];
+  }
+}
+
+template <class R, class T>
+static void update(const Tensor& tensor, int64_t begin, int64_t end, const GradientScale& scale) {
+  const auto scalars = *static_cast<const typename R::template Scalars<T>*>(tensor.scalars);
+  const Access<T> access{tensor, tensor.stochastic};
+  const int64_t block = block_size(access, scale, end - begin);
+  Stage<T> stage;
+  for (int64_t at = begin; at < end; at += block) {
+    const int64_t n = end - at < block ? end - at : block;
+    const T* g = access.gradient(at, n, scale, true, stage.columns[kGrad]);
+    T* w = access.open(kParam, at, n, stage.columns[kParam]);
+    T* states[kMaxStates] = {};
+    for (int k = 0; k < R::kNumStates; ++k) states[k] = access.open(kState + k, at, n, stage.columns[kState + k]);
+    for_each_element<R::kNumStates>(n, w, g, states,
+                                    [&](T& weight, T grad, T* state) { R::update(scalars, weight, grad, state); });
+    access.close(kParam, at, n, w);
+    for (int k = 0; k < R::kNumStates; ++k) access.close(kState + k, at, n, states[k]);
+  }
+}
+
+// The fixed reduction tree. A leaf: 128 lanes summed row after row, lanes folded in halves.
+template <class T>
+struct LeafSum {
+  alignas(64) T lanes[kLanes] = {};
+
+  template <class Combine>
+  void add(const T* SL_RESTRICT values, int64_t n, Combine combine) {
+    for (int64_t row = 0; row < n; row += kLanes) {
+      const int64_t width = n - row < kLanes ? n - row : kLanes;
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) lanes[j] = combine(lanes[j], values[row + j]);
+    }
+  }
+
+  template <class Join>
+  T total(Join join) {
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) lanes[j] = join(lanes[j], lanes[j + half]);
+    return lanes[0];
+  }
+};
+
+// Leaves folded in halves, in index order; overwrites them.
+template <class T, class Join>
+static T fold_leaves(T* leaves, int64_t n, Join join) {
+  if (n == 0) return T(0);
+  while (n > 1) {
+    const int64_t half = (n + 1) / 2;
+    for (int64_t j = 0; j < n - half; ++j) leaves[j] = join(leaves[j], leaves[j + half]);
+    n = half;
+  }
+  return leaves[0];
+}
+
+struct AddSquare {
+  template <class T>
+  T operator()(T sum, T x) const {
+    return sum + x * x;
+  }
+};
+struct AddMagnitude {
+  template <class T>
+  T operator()(T sum, T x) const {
+    return sum + (x < T(0) ? -x : x);
+  }
+};
+struct MaxMagnitude {
+  template <class T>
+  T operator()(T largest, T x) const {
+    return maximum(largest, x < T(0) ? -x : x);
+  }
+};
+struct Add {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Max {
+  template <class T>
+  T operator()(T a, T b) const {
+    return maximum(a, b);
+  }
+};
+
+template <class R, class T>
+static void prepare(const Tensor& tensor, int64_t begin, int64_t end, const GradientScale& scale) {
+  const auto scalars = *static_cast<const typename R::template Scalars<T>*>(tensor.scalars);
+  const Access<T> access{tensor, true};
+  T* sums = static_cast<T*>(tensor.leaves);
+  Stage<T> stage;
+  alignas(64) T first[kBlock], second[kBlock];
+  for (int64_t leaf = begin; leaf < end; leaf += kLeaf) {
+    const int64_t leaf_end = leaf + kLeaf < end ? leaf + kLeaf : end;
+    LeafSum<T> first_sum, second_sum;
+    for (int64_t at = leaf; at < leaf_end; at += kBlock) {
+      const int64_t n = leaf_end - at < kBlock ? leaf_end - at : kBlock;
+      const T* g = access.gradient(at, n, scale, false, stage.columns[kGrad]);
+      T* w = access.open(kParam, at, n, stage.columns[kParam]);
+      T* states[kMaxStates] = {};
+      for (int k = 0; k < R::kNumStates; ++k) states[k] = access.open(kState + k, at, n, stage.columns[kState + k]);
+      for_each_element<R::kNumStates>(n, w, g, states,
+                                      [&](T&, T grad, T* state) { R::prepare(scalars, grad, state); });
+      for (int k = 0; k < R::kNumStates; ++k) {
+        access.close(kState + k, at, n, states[k]);
+        if (!access.in_place(kState + k)) access.copy_in(kState + k, at, n, states[k]);
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        T state[kMaxStates] = {};
+        for (int k = 0; k < R::kNumStates; ++k) state[k] = states[k][i];
+        T a, b;
+        R::measure(scalars, w[i], g[i], state, a, b);
+        first[i] = a;
+        second[i] = b;
+      }
+      first_sum.add(first, n, AddSquare());
+      second_sum.add(second, n, AddSquare());
+    }
+    sums[leaf / kLeaf] = first_sum.total(Add());
+    sums[tensor.num_leaves() + leaf / kLeaf] = second_sum.total(Add());
+  }
+}
+
+template <class R, class T>
+static double ratio(const Tensor& tensor) {
+  const auto scalars = *static_cast<const typename R::template Scalars<T>*>(tensor.scalars);
+  T* sums = static_cast<T*>(tensor.leaves);
+  const T first = square_root(fold_leaves(sums, tensor.num_leaves(), Add()));
+  const T second = square_root(fold_leaves(sums + tensor.num_leaves(), tensor.num_leaves(), Add()));
+  return static_cast<double>(R::ratio(scalars, first, second));
+}
+
+template <class R, class T>
+static void apply(const Tensor& tensor, int64_t begin, int64_t end, const GradientScale& scale) {
+  const auto scalars = *static_cast<const typename R::template Scalars<T>*>(tensor.scalars);
+  const T ratio = static_cast<T>(tensor.ratio);
+  const Access<T> access{tensor, true};
+  Stage<T> stage;
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t n = end - at < kBlock ? end - at : kBlock;
+    const T* g = access.gradient(at, n, scale, true, stage.columns[kGrad]);
+    T* w = access.open(kParam, at, n, stage.columns[kParam]);
+    T* states[kMaxStates] = {};
+    for (int k = 0; k < R::kNumStates; ++k) states[k] = access.open(kState + k, at, n, stage.columns[kState + k]);
+    for_each_element<R::kNumStates>(n, w, g, states,
+                                    [&](T& weight, T grad, T* state) { R::apply(scalars, ratio, weight, grad, state); });
+    access.close(kParam, at, n, w);
+    for (int k = 0; k < R::kNumStates; ++k) access.close(kState + k, at, n, states[k]);
+  }
+}
+
+template <class T>
+static bool measure(const Tensor& tensor, int64_t begin, int64_t end, Norm norm, double inverse_scale) {
+  const Access<T> access{tensor, true};
+  const T inverse = static_cast<T>(inverse_scale);
+  T* sums = static_cast<T*>(tensor.leaves);
+  alignas(64) T buffer[kBlock];
+  int not_finite = 0;
+  for (int64_t leaf = begin; leaf < end; leaf += kLeaf) {
+    const int64_t leaf_end = leaf + kLeaf < end ? leaf + kLeaf : end;
+    LeafSum<T> sum;
+    for (int64_t at = leaf; at < leaf_end; at += kBlock) {
+      const int64_t n = leaf_end - at < kBlock ? leaf_end - at : kBlock;
+      const T* g = access.open(kGrad, at, n, buffer);
+#pragma omp simd reduction(| : not_finite)
+      for (int64_t i = 0; i < n; ++i) not_finite |= g[i] - g[i] != T(0);
+      if (inverse != T(1)) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) buffer[i] = g[i] * inverse;
+        g = buffer;
+      }
+      switch (norm) {
+        case Norm::l1: sum.add(g, n, AddMagnitude()); break;
+        case Norm::l2: sum.add(g, n, AddSquare()); break;
+        case Norm::inf: sum.add(g, n, MaxMagnitude()); break;
+      }
+    }
+    sums[leaf / kLeaf] = norm == Norm::inf ? sum.total(Max()) : sum.total(Add());
+  }
+  return not_finite != 0;
+}
+
+template <class T>
+static double fold(const Tensor& tensor, Norm norm) {
+  T* sums = static_cast<T*>(tensor.leaves);
+  const int64_t n = tensor.num_leaves();
+  return static_cast<double>(norm == Norm::inf ? fold_leaves(sums, n, Max()) : fold_leaves(sums, n, Add()));
+}
+
+template <class T>
+static void scale(const Tensor& tensor, int64_t begin, int64_t end, double factor) {
+  const Access<T> access{tensor, false};
+  const T multiplier = static_cast<T>(factor);
+  alignas(64) T buffer[kBlock];
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t n = end - at < kBlock ? end - at : kBlock;
+    T* g = access.open(kGrad, at, n, buffer);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) g[i] *= multiplier;
+    access.close(kGrad, at, n, g);
+  }
+}
+
+#define SL_STRINGIFY_(x) #x
+#define SL_STRINGIFY(x) SL_STRINGIFY_(x)
+
+extern const CpuKernels kernels;
+const CpuKernels kernels = {
+    SL_STRINGIFY(SL_ISA),
+    {
+#define SL_RULE(name, ...) {update<__VA_ARGS__, double>, update<__VA_ARGS__, float>},
+#define SL_NORM_RULE(name, ...) {prepare<__VA_ARGS__, double>, prepare<__VA_ARGS__, float>},
+#include "rules/rules.def"
+    },
+    {
+#define SL_RULE(name, ...) {nullptr, nullptr},
+#define SL_NORM_RULE(name, ...) {ratio<__VA_ARGS__, double>, ratio<__VA_ARGS__, float>},
+#include "rules/rules.def"
+    },
+    {
+#define SL_RULE(name, ...) {nullptr, nullptr},
+#define SL_NORM_RULE(name, ...) {apply<__VA_ARGS__, double>, apply<__VA_ARGS__, float>},
+#include "rules/rules.def"
+    },
+    {measure<double>, measure<float>},
+    {fold<double>, fold<float>},
+    {scale<double>, scale<float>},
+};
+
+}  // namespace SL_ISA
+}  // namespace stepladder

@@ -1,0 +1,73 @@
+// The plan of a step: which chunks of which tensors are worked on, in what order, with which scalars.
+// Plain host C++; executors consume it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "multi_tensor/kernels.h"
+#include "multi_tensor/tensor.h"
+
+namespace stepladder {
+
+struct Chunk {
+  int32_t tensor;
+  int64_t begin, end;  // logical elements; begin is a multiple of kLeaf
+};
+
+// Consecutive chunks that one thread takes at a time.
+struct Item {
+  int32_t first, last;
+};
+
+struct RuleInfo {
+  const char* name;
+  const char* hyper;   // names, separated by blanks
+  const char* states;  // names, separated by blanks
+  int num_hyper;       // doubles: a pair such as betas counts twice
+  int num_states;
+  bool norms;
+};
+
+const RuleInfo& rule_info(Rule rule);
+
+class Plan {
+ public:
+  std::vector<Tensor> tensors;
+  std::vector<char> active;  // which tensors the next step works on
+
+  // Fills tensor i's scalars for the step about to be taken. `reuse` names an active tensor with the same
+  // rule, hyper-parameters and step count, or -1.
+  void set_scalars(int i, const double* hyper, int64_t step, int reuse);
+
+  // To be called when a tensor, its layout or the active set has changed, before norm(), scale(), run().
+  void schedule();
+
+  // Norm of all active gradients times inverse_scale, by the fixed tree; `finite` looks at elements.
+  double norm(Norm kind, double inverse_scale, const CpuKernels& kernels, int threads, bool* finite);
+  // One tensor's part of it: the sum of squares or magnitudes, or the largest magnitude. After norm().
+  double partial(int i) const { return partials_[i]; }
+
+  void scale(double factor, const CpuKernels& kernels, int threads);
+  void run(const GradientScale& scale, const CpuKernels& kernels, int threads);
+
+ private:
+  struct alignas(64) Slot {
+    char bytes[128];
+  };
+
+  template <class Body>
+  void for_each_chunk(const std::vector<Item>& items, int threads, Body body) const;
+  std::vector<int> assign_waves() const;
+
+  std::vector<Chunk> chunks_;
+  std::vector<std::vector<Item>> waves_;  // items whose writes do not overlap; waves run one after another
+  std::vector<std::vector<Item>> norm_waves_;  // the same for tensors with norm-based rules alone
+  std::vector<Slot> scalars_;
+  std::vector<double> leaves_;
+  std::vector<double> partials_;
+  std::vector<double> fold_scratch_;
+  int64_t total_bytes_ = 0;
+};
+
+}  // namespace stepladder

@@ -1,0 +1,457 @@
+#include "step_plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
+
+#include "common/error.h"
+
+namespace stepladder {
+
+namespace {
+
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+PyObject* grad_name() {
+  static PyObject* name = interned("grad");
+  return name;
+}
+
+std::vector<py::object> split_names(const char* names) {
+  std::vector<py::object> result;
+  std::istringstream stream(names);
+  for (std::string name; stream >> name;) result.push_back(py::reinterpret_steal<py::object>(interned(name.c_str())));
+  return result;
+}
+
+Rule rule_by_name(const std::string& name) {
+  for (int r = 0; r < kNumRules; ++r)
+    if (name == rule_info(static_cast<Rule>(r)).name) return static_cast<Rule>(r);
+  SL_CHECK(name.empty(), "no rule is called '", name, "'");
+  return Rule::count;
+}
+
+// A watched group value chooses the rule: floats count only as zero or not, as schedulers move them.
+bool same_choice(PyObject* before, PyObject* now) {
+  if (before == now) return true;
+  if (before == nullptr || now == nullptr) return false;
+  if (PyFloat_Check(before) && PyFloat_Check(now))
+    return (PyFloat_AS_DOUBLE(before) != 0.0) == (PyFloat_AS_DOUBLE(now) != 0.0);
+  const int equal = PyObject_RichCompareBool(before, now, Py_EQ);
+  if (equal < 0) PyErr_Clear();
+  return equal == 1;
+}
+
+bool flag(PyObject* tensor, const char* method) {
+  return py::handle(tensor).attr(method)().cast<bool>();
+}
+
+// Strides of a contiguous tensor: those whose gradients need no closer look.
+bool is_contiguous(const TensorView& view) {
+  int64_t expected = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    if (view.sizes[d] == 0) return true;
+    if (view.sizes[d] != 1) {
+      if (view.strides[d] != expected) return false;
+      expected *= view.sizes[d];
+    }
+  }
+  return true;
+}
+
+int64_t count_elements(const TensorView& view) {
+  int64_t n = view.complex ? 2 : 1;
+  for (int d = 0; d < view.ndim; ++d) n *= view.sizes[d];
+  return n;
+}
+
+// Fills the tensor's layout from the views of its columns, merging dimensions that are adjacent in all.
+void set_layout(Tensor& tensor, const std::vector<TensorView>& views) {
+  tensor.contiguous = std::all_of(views.begin(), views.end(), is_contiguous);
+  tensor.uniform = tensor.contiguous;
+  tensor.layout = Layout();
+  if (tensor.contiguous) return;
+
+  const TensorView& first = views[0];
+  std::vector<int> kept;  // dimensions that matter
+  for (int d = 0; d < first.ndim; ++d)
+    if (first.sizes[d] != 1) kept.push_back(d);
+  const auto stride = [&](size_t column, int d) { return views[column].strides[d] * (first.complex ? 2 : 1); };
+
+  // Uniform: every column has the same strides, and they are those of a permuted contiguous tensor.
+  bool uniform = true;
+  for (size_t c = 1; c < views.size(); ++c)
+    for (int d : kept) uniform = uniform && views[c].strides[d] == first.strides[d];
+  std::vector<int> by_stride = kept;
+  std::sort(by_stride.begin(), by_stride.end(), [&](int a, int b) { return first.strides[a] < first.strides[b]; });
+  int64_t expected = 1;
+  for (int d : by_stride) {
+    uniform = uniform && first.strides[d] == expected;
+    expected *= first.sizes[d];
+  }
+  tensor.uniform = uniform;
+
+  Layout& layout = tensor.layout;
+  for (int d : kept) {
+    bool merge = !layout.sizes.empty();
+    for (size_t c = 0; merge && c < views.size(); ++c)
+      merge = layout.strides[c].back() == stride(c, d) * first.sizes[d];
+    if (merge) {
+      layout.sizes.back() *= first.sizes[d];
+    } else {
+      layout.sizes.push_back(first.sizes[d]);
+      for (size_t c = 0; c < views.size(); ++c) layout.strides[c].push_back(0);
+    }
+    for (size_t c = 0; c < views.size(); ++c) layout.strides[c].back() = stride(c, d);
+  }
+  if (first.complex || layout.sizes.empty()) {
+    layout.sizes.push_back(first.complex ? 2 : 1);
+    for (size_t c = 0; c < views.size(); ++c) layout.strides[c].push_back(1);
+  }
+}
+
+double read_step(const void* data, bool is_double) {
+  return is_double ? *static_cast<const double*>(data) : static_cast<double>(*static_cast<const float*>(data));
+}
+
+}  // namespace
+
+bool StepPlan::Signature::matches(const TensorView& view) const {
+  if (view.dtype != dtype || view.complex != complex || view.ndim != static_cast<int>(sizes.size())) return false;
+  for (int d = 0; d < view.ndim; ++d)
+    if (view.sizes[d] != sizes[d] || view.strides[d] != strides[d]) return false;
+  return true;
+}
+
+void StepPlan::Signature::assign(const TensorView& view) {
+  dtype = view.dtype;
+  complex = view.complex;
+  sizes.assign(view.sizes, view.sizes + view.ndim);
+  strides.assign(view.strides, view.strides + view.ndim);
+}
+
+StepPlan::StepPlan(py::object exchange, py::object describe)
+    : reader_(std::move(exchange), std::move(describe)), kernels_(cpu_kernels(nullptr)) {}
+
+void StepPlan::set_isa(const std::string& isa) {
+  const CpuKernels* kernels = cpu_kernels(isa.c_str());
+  SL_CHECK(kernels != nullptr, "this processor or build has no '", isa, "' kernels");
+  kernels_ = kernels;
+}
+
+void StepPlan::reset(const py::list& groups) {
+  bound_.clear();
+  groups_.clear();
+  plan_.tensors.clear();
+  plan_.active.clear();
+  for (const py::handle& item : groups) {
+    const auto fields = item.cast<py::tuple>();
+    Group group;
+    group.dict = fields[0];
+    group.rule = rule_by_name(fields[1].cast<std::string>());
+    if (group.rule != Rule::count) {
+      group.hyper_keys = split_names(rule_info(group.rule).hyper);
+      group.state_keys = split_names(rule_info(group.rule).states);
+    }
+    for (const py::handle& key : fields[2].cast<py::tuple>()) {
+      PyObject* value = PyDict_GetItem(group.dict.ptr(), key.ptr());
+      group.watched.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+    }
+    for (const py::handle& param : group.dict["params"].cast<py::list>()) {
+      Bound bound;
+      bound.param = py::reinterpret_borrow<py::object>(param);
+      bound.group = static_cast<int>(groups_.size());
+      bound_.push_back(std::move(bound));
+    }
+    groups_.push_back(std::move(group));
+  }
+  plan_.tensors.resize(bound_.size());
+  plan_.active.assign(bound_.size(), 0);
+  written_ = py::object();
+  stale_schedule_ = true;
+}
+
+bool StepPlan::same_structure(const py::list& param_groups) const {
+  if (param_groups.size() != groups_.size()) return false;
+  static PyObject* params_name = interned("params");
+  size_t next = 0;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    const Group& group = groups_[g];
+    PyObject* dict = PyList_GET_ITEM(param_groups.ptr(), g);
+    if (dict != group.dict.ptr()) return false;
+    for (const auto& [key, value] : group.watched)
+      if (!same_choice(value.ptr(), PyDict_GetItem(dict, key.ptr()))) return false;
+    PyObject* params = PyDict_GetItem(dict, params_name);
+    if (params == nullptr || !PyList_Check(params)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++next) {
+      if (next >= bound_.size() || bound_[next].group != static_cast<int>(g) ||
+          bound_[next].param.ptr() != PyList_GET_ITEM(params, i))
+        return false;
+    }
+  }
+  return next == bound_.size();
+}
+
+void StepPlan::read_hyper(Group& group) {
+  int n = 0;
+  const auto take = [&](PyObject* value) {
+    const double number = PyFloat_AsDouble(value);
+    if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    SL_CHECK(n < kMaxHyper, "too many hyper-parameters in a group");
+    group.hyper[n++] = number;
+  };
+  for (const py::object& key : group.hyper_keys) {
+    PyObject* value = PyDict_GetItem(group.dict.ptr(), key.ptr());
+    if (value == nullptr) throw py::key_error(key.cast<std::string>());
+    if (PyTuple_Check(value) || PyList_Check(value)) {
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) take(PySequence_Fast_GET_ITEM(value, i));
+    } else {
+      take(value);
+    }
+  }
+  SL_CHECK(group.rule == Rule::count || n == rule_info(group.rule).num_hyper, "a group gives ", n,
+           " hyper-parameters, its rule takes ", rule_info(group.rule).hyper);
+}
+
+bool StepPlan::still_valid(int index) {
+  Bound& bound = bound_[index];
+  Tensor& tensor = plan_.tensors[index];
+  if (!bound.bound) return false;
+
+  TensorView view;
+  if (!reader_.read(bound.param.ptr(), &view) || view.data != tensor.columns[kParam].data ||
+      !bound.param_signature.matches(view))
+    return false;
+  if (Py_TYPE(bound.grad.ptr()) != bound.grad_type || !reader_.read(bound.grad.ptr(), &view) || !view.on_cpu ||
+      !bound.grad_signature.matches(view))
+    return false;
+  if (bound.check_bits && (flag(bound.grad.ptr(), "is_conj") || flag(bound.grad.ptr(), "is_neg"))) return false;
+  void* grad_data = view.data;
+
+  const Group& group = groups_[bound.group];
+  for (size_t k = 0; k < group.state_keys.size(); ++k) {
+    PyObject* state = PyDict_GetItem(bound.state.ptr(), group.state_keys[k].ptr());
+    if (state != bound.states[k].ptr()) return false;
+    if (!reader_.read(state, &view) || view.data != bound.state_data[k]) return false;
+  }
+  if (bound.step_data != nullptr) {
+    static PyObject* step_name = interned("step");
+    PyObject* step = PyDict_GetItem(bound.state.ptr(), step_name);
+    if (step != bound.step.ptr()) return false;
+    if (!reader_.read(step, &view) || view.data != bound.step_data) return false;
+  }
+  tensor.columns[kGrad].data = grad_data;
+  return true;
+}
+
+py::object StepPlan::refresh(const py::list& param_groups) {
+  if (!same_structure(param_groups)) return py::none();
+  for (Group& group : groups_) read_hyper(group);
+  py::list stale;
+  for (size_t i = 0; i < bound_.size(); ++i) {
+    Bound& bound = bound_[i];
+    PyObject* grad = PyObject_GetAttr(bound.param.ptr(), grad_name());
+    if (grad == nullptr) throw py::error_already_set();
+    bound.grad = py::reinterpret_steal<py::object>(grad);
+    bound.active = grad != Py_None;
+    const char works = bound.active && !bound.skipped;
+    if (works != plan_.active[i]) {
+      plan_.active[i] = works;
+      stale_schedule_ = true;
+    }
+    if (works && !still_valid(static_cast<int>(i))) stale.append(i);
+  }
+  return stale;
+}
+
+void StepPlan::bind(int index, const py::object& grad, const py::object& state, const py::object& step, bool timed,
+                    bool fresh, bool negate, const py::object& seed) {
+  Bound& bound = bound_.at(index);
+  Tensor& tensor = plan_.tensors[index];
+  const Group& group = groups_[bound.group];
+
+  std::vector<TensorView> views;
+  std::vector<std::vector<int64_t>> sizes_kept, strides_kept;  // a described view lives until the next
+  const auto take = [&](const py::handle& object, const char* what) {
+    TensorView view;
+    SL_CHECK(reader_.read(object.ptr(), &view) && view.on_cpu, what, " of parameter ", index,
+             " is no plain CPU tensor of a supported dtype");
+    sizes_kept.emplace_back(view.sizes, view.sizes + view.ndim);
+    strides_kept.emplace_back(view.strides, view.strides + view.ndim);
+    views.push_back(view);
+  };
+  take(bound.param, "the value");
+  take(grad, "the gradient");
+  for (const py::object& key : group.state_keys)
+    take(state[key], ("the state '" + key.cast<std::string>() + "'").c_str());
+  for (size_t c = 0; c < views.size(); ++c) {
+    views[c].sizes = sizes_kept[c].data();
+    views[c].strides = strides_kept[c].data();
+    SL_CHECK(sizes_kept[c] == sizes_kept[0] && views[c].complex == views[0].complex, "column ", c, " of parameter ",
+             index, " has another shape than the parameter, or is complex where that is real");
+  }
+
+  bound.bound = true;
+  bound.skipped = false;
+  bound.active = true;
+  bound.grad = grad;
+  bound.grad_type = Py_TYPE(grad.ptr());
+  bound.state = state;
+  bound.param_signature.assign(views[0]);
+  bound.grad_signature.assign(views[1]);
+  bound.check_bits = views[1].complex || views[1].ndim == 0 || !is_contiguous(views[1]) || count_elements(views[1]) == 1;
+  bound.timed = timed;
+  bound.fresh = fresh;
+  for (size_t k = 0; k < group.state_keys.size(); ++k) {
+    bound.states[k] = state[group.state_keys[k]];
+    bound.state_data[k] = views[kState + k].data;
+  }
+  bound.step = step;
+  bound.step_data = nullptr;
+  if (!step.is_none()) {
+    TensorView view;
+    SL_CHECK(reader_.read(step.ptr(), &view) && view.on_cpu && count_elements(view) == 1 &&
+                 (view.dtype == DType::f32 || view.dtype == DType::f64),
+             "the step count of parameter ", index, " is no CPU scalar of float32 or float64");
+    bound.step_data = view.data;
+    bound.step_is_double = view.dtype == DType::f64;
+  }
+
+  tensor = Tensor();
+  tensor.numel = count_elements(views[0]);
+  tensor.num_columns = static_cast<int>(views.size());
+  tensor.rule = group.rule;
+  tensor.arithmetic = views[0].dtype == DType::f64 ? DType::f64 : DType::f32;
+  for (size_t c = 0; c < views.size(); ++c) tensor.columns[c] = {views[c].data, views[c].dtype};
+  set_layout(tensor, views);
+  tensor.negate = negate;
+  tensor.index = static_cast<uint32_t>(index);
+  tensor.stochastic = !seed.is_none();
+  if (tensor.stochastic) {
+    SL_CHECK(views[0].dtype == DType::bf16 && bound.step_data != nullptr,
+             "stochastic rounding needs a bfloat16 parameter and a step count");
+    tensor.seed = seed.cast<uint64_t>();
+  }
+  plan_.active[index] = 1;
+  stale_schedule_ = true;
+}
+
+std::vector<int> StepPlan::bind_gradients() {
+  std::vector<int> others;
+  for (size_t i = 0; i < bound_.size(); ++i) {
+    const int index = static_cast<int>(i);
+    const py::object grad = bound_[i].param.attr("grad");
+    TensorView view;
+    if (reader_.read(grad.ptr(), &view) && view.on_cpu) {
+      bind(index, grad, py::dict(), py::none(), false, false, false, py::none());
+    } else {
+      skip(index);
+      others.push_back(index);
+    }
+  }
+  return others;
+}
+
+void StepPlan::skip(int index) {
+  Bound& bound = bound_.at(index);
+  bound.skipped = true;
+  bound.bound = false;
+  plan_.active[index] = 0;
+  stale_schedule_ = true;
+}
+
+std::vector<int> StepPlan::active() const {
+  std::vector<int> indices;
+  for (size_t i = 0; i < bound_.size(); ++i)
+    if (bound_[i].active) indices.push_back(static_cast<int>(i));
+  return indices;
+}
+
+void StepPlan::prepare() {
+  if (!stale_schedule_) return;
+  plan_.schedule();
+  written_ = py::object();
+  stale_schedule_ = false;
+}
+
+std::pair<double, bool> StepPlan::norm(double kind, double inverse_scale, int threads) {
+  prepare();
+  const Norm norm = kind == 2.0 ? Norm::l2 : kind == 1.0 ? Norm::l1 : Norm::inf;
+  SL_CHECK(kind == 2.0 || kind == 1.0 || kind == std::numeric_limits<double>::infinity(), "norm kind ", kind,
+           " is none of 1, 2 and inf");
+  bool finite = true;
+  py::gil_scoped_release nogil;
+  const double value = plan_.norm(norm, inverse_scale, *kernels_, threads, &finite);
+  return {value, finite};
+}
+
+std::vector<double> StepPlan::partials() const {
+  std::vector<double> result(bound_.size(), 0.0);
+  for (size_t i = 0; i < bound_.size(); ++i)
+    if (plan_.active[i]) result[i] = plan_.partial(static_cast<int>(i));
+  return result;
+}
+
+void StepPlan::scale_gradients(double factor, int threads) {
+  prepare();
+  py::gil_scoped_release nogil;
+  plan_.scale(factor, *kernels_, threads);
+}
+
+void StepPlan::run(const py::object& inverse_scale, double clip_factor, int threads) {
+  prepare();
+  GradientScale scale;
+  scale.unscale = !inverse_scale.is_none();
+  if (scale.unscale) scale.inverse_scale = inverse_scale.cast<double>();
+  scale.clip = clip_factor != 1.0;
+  scale.clip_factor = clip_factor;
+
+  // Neighbours of one group mostly share their step count and so their scalars.
+  int previous = -1;
+  int64_t previous_time = 0;
+  for (size_t i = 0; i < bound_.size(); ++i) {
+    if (!plan_.active[i]) continue;
+    const Bound& bound = bound_[i];
+    const int64_t count =
+        bound.step_data == nullptr ? 0 : static_cast<int64_t>(read_step(bound.step_data, bound.step_is_double)) + 1;
+    const int64_t time = bound.timed ? count : bound.fresh ? 1 : 2;
+    const bool same = previous >= 0 && bound_[previous].group == bound.group && previous_time == time &&
+                      plan_.tensors[previous].arithmetic == plan_.tensors[i].arithmetic;
+    plan_.set_scalars(static_cast<int>(i), groups_[bound.group].hyper, time, same ? previous : -1);
+    plan_.tensors[i].step = static_cast<uint32_t>(count);
+    previous = static_cast<int>(i);
+    previous_time = time;
+  }
+  {
+    py::gil_scoped_release nogil;
+    plan_.run(scale, *kernels_, threads);
+  }
+  for (size_t i = 0; i < bound_.size(); ++i) {
+    if (!plan_.active[i]) continue;
+    Bound& bound = bound_[i];
+    bound.fresh = false;
+    if (bound.step_data == nullptr) continue;
+    if (bound.step_is_double) {
+      *static_cast<double*>(bound.step_data) += 1.0;
+    } else {
+      *static_cast<float*>(bound.step_data) += 1.0f;
+    }
+  }
+}
+
+py::list StepPlan::written() {
+  if (!written_) {
+    py::list list;
+    for (size_t i = 0; i < bound_.size(); ++i)
+      if (plan_.active[i]) list.append(bound_[i].param);
+    written_ = list;
+  }
+  return written_.cast<py::list>();
+}
+
+void StepPlan::release() {
+  for (Bound& bound : bound_) bound.grad = py::object();
+}
+
+}  // namespace stepladder

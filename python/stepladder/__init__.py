@@ -1,0 +1,31 @@
+"""stepladder: hand-written optimizer kernels, a faster drop-in for torch.optim.
+
+>>> import stepladder as sl
+>>> optimizer = sl.AdamW(model.parameters(), lr=3e-4)
+"""
+
+from importlib.metadata import version as _version
+
+# torch first: its OpenMP runtime then serves the kernels too.
+import torch as _torch  # noqa: F401
+
+from stepladder import ops, reference
+from stepladder.accelerate import accelerate
+from stepladder.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, Lion, RMSprop, SignSGD
+
+__version__ = _version("stepladder")
+
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "RMSprop",
+    "SignSGD",
+    "accelerate",
+    "ops",
+    "reference",
+]

@@ -1,0 +1,126 @@
+"""Steps of existing torch.optim objects through the kernels."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from stepladder import backends, optim
+from stepladder.optim import checks
+from stepladder.optim.base import Optimizer
+from stepladder.optim.engine import Engine
+
+T = TypeVar("T", bound=torch.optim.Optimizer)
+
+
+class Accelerated(torch.optim.Optimizer):
+    """What accelerate() puts in front of a torch.optim class; all but step() stays that class's own."""
+
+    _family: type[Optimizer]
+    _backend: str | None = None
+    _engine: Engine
+    _step_supports_amp_scaling = True
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step with the gradients in `.grad`; returns what the closure returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._engine.step(self)
+        return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._engine = Engine(self._family, self._backend, None)
+
+
+class AcceleratedSGD(Accelerated, torch.optim.SGD):
+    _family = optim.SGD
+
+
+class AcceleratedAdagrad(Accelerated, torch.optim.Adagrad):
+    _family = optim.Adagrad
+
+
+class AcceleratedRMSprop(Accelerated, torch.optim.RMSprop):
+    _family = optim.RMSprop
+
+
+class AcceleratedAdam(Accelerated, torch.optim.Adam):
+    _family = optim.Adam
+
+
+class AcceleratedAdamW(Accelerated, torch.optim.AdamW):
+    _family = optim.AdamW
+
+
+_CLASSES: dict[type[torch.optim.Optimizer], type[Accelerated]] = {
+    torch.optim.SGD: AcceleratedSGD,
+    torch.optim.Adagrad: AcceleratedAdagrad,
+    torch.optim.RMSprop: AcceleratedRMSprop,
+    torch.optim.Adam: AcceleratedAdam,
+    torch.optim.AdamW: AcceleratedAdamW,
+}
+
+
+def accelerate(optimizer: T, *, backend: str | None = None) -> T:
+    """Let a constructed torch.optim optimizer step through the kernels from now on.
+
+    It keeps its state, groups, hooks, schedulers and checkpoints, and stays an instance of its class; it is
+    changed in place.
+
+    Args:
+        optimizer: Exactly a torch.optim.SGD, Adagrad, RMSprop, Adam or AdamW. One of this package's, or one
+            that is accelerated already, is returned as it is.
+        backend: As the constructors of this package take it.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: Its class, or a step() patched onto the instance, cannot be served.
+        RuntimeError: An option cannot be served, or the backend cannot run here.
+    """
+    if isinstance(optimizer, (Optimizer, Accelerated)):
+        return optimizer
+    cls = _CLASSES.get(type(optimizer))
+    if cls is None:
+        names = ", ".join(f"torch.optim.{known.__name__}" for known in _CLASSES)
+        raise TypeError(f"cannot accelerate a {type(optimizer).__qualname__}, expected exactly one of {names}")
+    backends.check_available(backend)
+    for group in optimizer.param_groups:
+        cls._family.check(group)
+        checks.options(group)
+    patched = optimizer.__dict__.get("step")
+    if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
+        raise TypeError("cannot accelerate an optimizer whose step() was replaced on the instance")
+
+    optimizer.__class__ = cls
+    optimizer._backend = backend  # type: ignore[attr-defined]
+    optimizer._engine = Engine(cls._family, backend, None)  # type: ignore[attr-defined]
+    optimizer._patch_step_function()
+    if patched is not None:
+        _track_calls(optimizer)
+    return optimizer
+
+
+def _track_calls(optimizer: torch.optim.Optimizer) -> None:
+    """Replace the wrapper by which a scheduler learns that step() was called; it leads to the old step()."""
+    reference = weakref.ref(optimizer)
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        target = reference()
+        assert target is not None
+        target._opt_called = True  # type: ignore[attr-defined]
+        return type(target).step(target, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]

@@ -1,0 +1,16 @@
+"""The console script `stepladder`."""
+
+import click
+
+from stepladder.bench.cli import bench
+from stepladder.cli.info import info
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="stepladder")
+def main() -> None:
+    """Optimizer kernels: what runs here, and how fast."""
+
+
+main.add_command(info)
+main.add_command(bench)

@@ -1,0 +1,94 @@
+"""Functions over the kernels, without an optimizer around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from stepladder import reference
+from stepladder.optim.engine import check_gradient, clip_factor, new_plan
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    """Scale all gradients in place so that their norm is at most `max_norm`.
+
+    As torch.nn.utils.clip_grad_norm_: gradients are multiplied by min(1, max_norm/(norm + 1e-6)). The norm is
+    summed by a fixed tree in fp32 (fp64 for fp64 parameters), the same bits with any number of threads, and
+    where nothing has to be scaled, nothing is written.
+
+    Args:
+        parameters: Parameters, any of them without a gradient.
+        max_norm: The largest norm allowed.
+        norm_type: Order of the norm; may be math.inf.
+        error_if_nonfinite: Raise for a norm that is infinite or NaN.
+        foreach: Accepted for compatibility, without effect.
+        found_inf: One element; set to 1 where a gradient has an infinite or NaN element, else to 0.
+
+    Returns:
+        The norm before clipping: a scalar, fp32, or fp64 where a parameter is.
+
+    Raises:
+        RuntimeError: `error_if_nonfinite` and the norm is not; or a gradient is sparse.
+        ValueError: `max_norm` is negative or NaN.
+    """
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    if not max_norm >= 0.0:
+        raise ValueError(f"max_norm={max_norm} is out of range, expected at least 0")
+    if found_inf is not None and found_inf.numel() != 1:
+        raise ValueError(f"found_inf has shape {tuple(found_inf.shape)}, expected one element")
+    graded = [p for p in params if p.grad is not None]
+    for index, p in enumerate(graded):
+        assert p.grad is not None
+        check_gradient(p.grad, p, "clip_grad_norm_", f"parameter {index}")
+        if p.grad.is_conj() or p.grad.is_neg():
+            p.grad = p.grad.resolve_conj().resolve_neg()
+
+    threads = torch.get_num_threads()
+    plan = new_plan()
+    plan.reset([({"params": graded}, "", ())])
+    others = plan.bind_gradients()
+    wide = any(p.dtype in (torch.float64, torch.complex128) for p in graded)
+    try:
+        if norm_type in (1.0, 2.0, math.inf):
+            norm, finite = plan.norm(norm_type, 1.0, threads)
+            if others:
+                partials = plan.partials()
+                for index in others:
+                    g = reference.arithmetic(graded[index].grad, graded[index])
+                    partials[index] = reference.partial_norm(g, norm_type)
+                    finite = finite and bool(g.isfinite().all())
+                norm = reference.total_norm(partials, norm_type)
+        else:
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in graded], norm_type))
+            finite = all(bool(p.grad.isfinite().all()) for p in graded)  # type: ignore[union-attr]
+        if found_inf is not None:
+            found_inf.fill_(0.0 if finite else 1.0)
+        if error_if_nonfinite and not math.isfinite(norm):
+            raise RuntimeError(
+                f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+                "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+                "`error_if_nonfinite=False`"
+            )
+        factor = clip_factor(norm, max_norm)
+        if factor != 1.0:
+            plan.scale_gradients(factor, threads)
+            for index in others:
+                graded[index].grad.mul_(factor)  # type: ignore[union-attr]
+            torch._C._increment_version([p.grad for p in graded])
+    finally:
+        plan.release()
+    device = graded[0].device if graded else torch.device("cpu")
+    return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device=device)

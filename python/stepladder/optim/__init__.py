@@ -1,0 +1,13 @@
+"""Thin wrappers around the kernels, one file for each optimizer."""
+
+from stepladder.optim.adagrad import Adagrad
+from stepladder.optim.adam import Adam
+from stepladder.optim.adamw import AdamW
+from stepladder.optim.lamb import LAMB
+from stepladder.optim.lars import LARS
+from stepladder.optim.lion import Lion
+from stepladder.optim.rmsprop import RMSprop
+from stepladder.optim.sgd import SGD
+from stepladder.optim.signsgd import SignSGD
+
+__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop", "SignSGD"]

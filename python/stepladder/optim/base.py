@@ -1,0 +1,207 @@
+"""What every optimizer shares: step(), groups, state and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import TypedDict, Unpack
+
+from stepladder import backends
+from stepladder.optim import checks
+from stepladder.optim.engine import Engine
+from stepladder.optim.state import RULES, checked_state
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Group = dict[str, Any]
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every optimizer takes beside its own.
+
+    Attributes:
+        backend: "cpu", "cuda", "triton", "reference", or None to choose by the parameters' device.
+        state_dtype: torch.float32 keeps the states of half-precision parameters in fp32; None keeps them
+            in the parameter's dtype, as torch does.
+        stochastic_rounding: Round bf16 parameters stochastically when they are stored.
+        seed: Of the stochastic rounding; None takes torch.initial_seed(). Travels in checkpoints.
+        max_norm: Clip the norm of all gradients to this before they are used, without writing them back.
+        foreach: Accepted for compatibility, without effect.
+        fused: Likewise.
+        differentiable: Likewise; True is refused.
+        capturable: Steps inside CUDA graphs.
+    """
+
+    backend: str | None
+    state_dtype: torch.dtype | None
+    stochastic_rounding: bool
+    seed: int | None
+    max_norm: float | None
+    foreach: bool | None
+    fused: bool | None
+    differentiable: bool
+    capturable: bool
+
+
+# Options that live in the groups; a group has the key only where the option was given.
+_GROUP_OPTIONS = ("state_dtype", "stochastic_rounding", "seed", "foreach", "fused", "differentiable", "capturable")
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A torch optimizer whose step is one call into the kernels, for all groups together.
+
+    A subclass says which rule of csrc/rules/rules.def a group follows and which of its hyper-parameters
+    choose it; everything else is here.
+    """
+
+    # The name in rules.def of the rule that a group follows.
+    rule: ClassVar[Callable[[Group], str]]
+    # Raises ValueError or TypeError for hyper-parameters that the rule cannot take.
+    check: ClassVar[Callable[[Group], None]]
+    # Group keys whose values choose the rule.
+    choosing: ClassVar[tuple[str, ...]] = ()
+    # Whether the state has a step count, as torch's optimizer of that name has.
+    timed: ClassVar[bool] = False
+    # States that may be missing beside others, and are then started afresh.
+    optional_states: ClassVar[frozenset[str]] = frozenset()
+    complex_parameters: ClassVar[bool] = True
+    # Hyper-parameters that old checkpoints may lack; they are then left as they are.
+    late_keys: ClassVar[frozenset[str]] = frozenset()
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Params, defaults: Group, **options: Unpack[Options]) -> None:
+        unknown = set(options) - set(Options.__annotations__)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} got unexpected keyword arguments {sorted(unknown)}")
+        backend, max_norm = options.get("backend"), options.get("max_norm")
+        backends.check_available(backend)
+        if max_norm is not None and not 0.0 < float(max_norm) < math.inf:
+            raise ValueError(f"max_norm={max_norm} is out of range, expected None or a finite number above 0")
+        defaults = defaults | {key: options[key] for key in _GROUP_OPTIONS if options.get(key)}
+        if defaults.get("stochastic_rounding") and "seed" not in defaults:
+            defaults["seed"] = torch.initial_seed() % 2**64
+        type(self).check(defaults)
+        checks.options(defaults)
+        self._backend = backend
+        self._max_norm = None if max_norm is None else float(max_norm)
+        self._engine = Engine(type(self), backend, self._max_norm)
+        super().__init__(params, defaults)
+
+    @staticmethod
+    def initial_state(name: str, param: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+        """The state `name` before a parameter's first step: zeros of the parameter's shape and layout."""
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of all gradients before clipping, as of the last step with `max_norm`; None before it."""
+        return self._engine.grad_norm
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, in mid-run too.
+
+        Raises:
+            ValueError: A hyper-parameter is out of range; nothing has then changed.
+        """
+        if isinstance(param_group, dict):
+            merged = self.defaults | param_group
+            type(self).check(merged)
+            checks.options(merged)
+            if merged.get("stochastic_rounding") and "seed" not in merged:
+                param_group["seed"] = torch.initial_seed() % 2**64
+        super().add_param_group(param_group)
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step with the gradients in `.grad`.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: A gradient is sparse, or a parameter overlaps itself in memory.
+            TypeError: A dtype or tensor type is not supported.
+            ValueError: A gradient does not fit its parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._engine.step(self)
+        return loss
+
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer or of the torch.optim optimizer of the same name.
+
+        States are cast to the dtype and moved to the device that this optimizer would have given them.
+
+        Raises:
+            ValueError: Groups or states do not fit; nothing has then changed.
+            TypeError: A state has the wrong type; nothing has then changed.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"loaded state dict has no {key!r}: it has {sorted(map(str, state_dict))}")
+
+        groups, saved_groups = self.param_groups, deepcopy(state_dict["param_groups"])
+        if len(groups) != len(saved_groups):
+            raise ValueError(
+                "loaded state dict has a different number of parameter groups: "
+                f"{len(saved_groups)}, this optimizer has {len(groups)}"
+            )
+        for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+            if len(group["params"]) != len(saved["params"]):
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                    f"group {index} has {len(saved['params'])} parameters, the optimizer's has {len(group['params'])}"
+                )
+
+        new_groups = []
+        owners: dict[Any, tuple[Tensor, Group]] = {}
+        for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+            ids = saved["params"]
+            required = set(RULES[self.rule(group)]["hyper"]) - self.late_keys
+            if lacking := sorted(required - set(saved)):
+                raise ValueError(f"group {index} of the loaded state dict lacks {', '.join(map(repr, lacking))}")
+            new = group | saved | {"params": group["params"]}
+            type(self).check(new)
+            checks.options(new)
+            new_groups.append(new)
+            owners |= {saved_id: (p, new) for saved_id, p in zip(ids, group["params"], strict=True)}
+
+        new_state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, entry in state_dict["state"].items():
+            if key in owners:
+                param, group = owners[key]
+                new_state[param] = checked_state(type(self), key, entry, param, group)
+            elif isinstance(key, int):
+                raise ValueError(f"loaded state dict has state for parameter {key}, which is in none of its groups")
+            else:
+                new_state[key] = entry
+        self.__setstate__({"state": new_state, "param_groups": new_groups})
+
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_backend": self._backend, "_max_norm": self._max_norm}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._engine = Engine(type(self), self._backend, self._max_norm)
+

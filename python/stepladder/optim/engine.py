@@ -1,0 +1,289 @@
+"""The step of one optimizer: binds parameters to a plan, runs it, and falls to the reference where it must.
+
+The plan (csrc/step_plan.h) revalidates every pointer at each step; Python is asked only about parameters
+that are new or have changed. All of them are checked before the first state is created or value written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stepladder import _C, backends, reference
+from stepladder.optim.state import (
+    RULES,
+    check_complete,
+    check_tensor,
+    checked_step,
+    create_state,
+    has_step,
+)
+
+if TYPE_CHECKING:
+    from stepladder.optim.base import Group, Optimizer
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX_DTYPES = (torch.complex128, torch.complex64)
+# Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does.
+CLIP_EPS = 1e-6
+
+
+def describe(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], str, bool] | None:
+    """What the plan needs of a tensor, for a torch without DLPack's exchange table."""
+    if tensor.layout != torch.strided:
+        return None
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, tensor.device.type == "cpu"
+
+
+def new_plan() -> _C.StepPlan:
+    return _C.StepPlan(getattr(Tensor, "__dlpack_c_exchange_api__", None), describe)
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """min(1, max_norm / (norm + 1e-6)); NaN stays NaN."""
+    factor = max_norm / (norm + CLIP_EPS)
+    return 1.0 if factor > 1.0 else factor
+
+
+def describe_parameter(index: int, group: Group, position: int) -> str:
+    """How messages name a parameter."""
+    names = group.get("param_names")
+    return f"parameter {index} ({names[position]})" if names else f"parameter {index}"
+
+
+def has_internal_overlap(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: strides that do not nest."""
+    dims = sorted((abs(stride), size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    reach = 0
+    for stride, size in dims:
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def check_gradient(grad: Tensor, param: Tensor, optimizer_name: str, where: str) -> None:
+    """Refuse a gradient that cannot be used with its parameter.
+
+    Raises:
+        RuntimeError: It is sparse.
+        TypeError: Its dtype or type is not supported.
+        ValueError: Shape or device differ from the parameter's.
+    """
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"{optimizer_name} does not support sparse gradients, got {grad.layout} for {where}")
+    check_plain(grad, f"the gradient of {where}")
+    if grad.dtype not in DTYPES + COMPLEX_DTYPES or grad.is_complex() != param.is_complex():
+        raise TypeError(f"the gradient of {where} has dtype {grad.dtype}, which does not fit its {param.dtype}")
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"the gradient of {where} has shape {tuple(grad.shape)}, expected the parameter's {tuple(param.shape)}"
+        )
+    if grad.device != param.device:
+        raise ValueError(f"the gradient of {where} is on {grad.device}, expected the parameter's {param.device}")
+
+
+def check_plain(tensor: Tensor, what: str) -> None:
+    """Refuse a tensor subclass that has no memory of its own."""
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "_local_tensor"):
+        raise TypeError(f"{what} is a {type(tensor).__name__}, expected a plain tensor")
+
+
+def check_parameter(param: Tensor, family: type[Optimizer], group: Group, where: str) -> None:
+    """Refuse a parameter that the kernels cannot step.
+
+    Raises:
+        TypeError: Its dtype, layout or type is not supported.
+        RuntimeError: Elements share memory.
+        ValueError: An option of its group does not go with it.
+    """
+    check_plain(param, where)
+    if param.layout != torch.strided:
+        raise TypeError(f"{where} has layout {param.layout}, expected torch.strided")
+    allowed = DTYPES + COMPLEX_DTYPES if family.complex_parameters else DTYPES
+    if param.dtype not in allowed:
+        raise TypeError(f"{where} has dtype {param.dtype}, {family.__name__} takes {', '.join(map(str, allowed))}")
+    if param.is_conj() or param.is_neg():
+        raise TypeError(f"{where} is a lazily conjugated or negated view; use .resolve_conj().resolve_neg()")
+    if has_internal_overlap(param):
+        raise RuntimeError(
+            f"unsupported operation: more than one element of {where} refers to a single memory location "
+            f"(shape {tuple(param.shape)}, strides {param.stride()}). Please clone() the tensor before optimizing it."
+        )
+    if group.get("stochastic_rounding") and param.dtype == torch.float16:
+        raise ValueError(f"stochastic_rounding=True rounds to bfloat16, {where} has dtype torch.float16")
+    if group.get("capturable") and param.device.type == "cpu":
+        raise ValueError(f"capturable=True needs parameters on a GPU, {where} is on {param.device}")
+
+
+class Engine:
+    """Steps all groups of one optimizer.
+
+    Args:
+        family: The optimizer class that says which rule a group follows and which states it has.
+        backend: As the user asked, or None.
+        max_norm: Norm to which gradients are clipped as they are read, or None.
+    """
+
+    def __init__(self, family: type[Optimizer], backend: str | None, max_norm: float | None) -> None:
+        self.family = family
+        self.backend = backend
+        self.max_norm = max_norm
+        self.grad_norm: float | None = None
+        self.plan = new_plan()
+        # Where parameter i stands: its group, and its position in it.
+        self._places: list[tuple[int, int]] = []
+        # Parameters that the plan leaves to the reference.
+        self._referred: set[int] = set()
+        # Those among them whose states were just created.
+        self._fresh: set[int] = set()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step; `grad_scale` and `found_inf` on the optimizer are GradScaler's."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0.0:
+            return
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
+
+        plan = self.plan
+        try:
+            stale = plan.refresh(optimizer.param_groups)
+            if stale is None:
+                self._reset(optimizer)
+                stale = plan.refresh(optimizer.param_groups)
+            if stale or self._referred:
+                self._bind(optimizer, stale)
+            factor = 1.0
+            if self.max_norm is not None:
+                factor = clip_factor(self._norm(optimizer, inverse_scale), self.max_norm)
+            plan.run(inverse_scale, factor, torch.get_num_threads())
+            written = plan.written()
+            if self._referred:
+                self._run_reference(optimizer, inverse_scale, factor)
+        finally:
+            plan.release()
+        torch._C._increment_version(written)
+        if inverse_scale is not None:
+            torch._C._increment_version([p.grad for p in written])
+
+    def _reset(self, optimizer: torch.optim.Optimizer) -> None:
+        family = self.family
+        watched = (*family.choosing, "maximize", "state_dtype", "stochastic_rounding", "seed", "capturable")
+        self.plan.reset([(group, family.rule(group), watched) for group in optimizer.param_groups])
+        self._places = [(g, i) for g, group in enumerate(optimizer.param_groups) for i in range(len(group["params"]))]
+        self._referred = set()
+        self._fresh = set()
+
+    @torch.no_grad()
+    def _bind(self, optimizer: torch.optim.Optimizer, stale: list[int]) -> None:
+        """Check and bind the parameters that the plan does not know, or knows otherwise."""
+        family = self.family
+        name = family.__name__
+        todo = []
+        for index in sorted({*stale, *self._referred}):
+            g, i = self._places[index]
+            group = optimizer.param_groups[g]
+            param = group["params"][i]
+            if param.grad is None:
+                continue
+            where = describe_parameter(index, group, i)
+            check_parameter(param, family, group, where)
+            check_gradient(param.grad, param, name, where)
+            backend = backends.choose(self.backend, param.device.type)
+            state = optimizer.state.get(param, {})
+            check_complete(family, state, group, where)
+            for key in RULES[family.rule(group)]["states"]:
+                if state.get(key) is not None:
+                    check_tensor(key, state[key], param, where)
+                    if state[key].device != param.device:
+                        raise ValueError(f"the state {key!r} of {where} is on {state[key].device}, not {param.device}")
+                    if has_internal_overlap(state[key]):
+                        raise RuntimeError(f"elements of the state {key!r} of {where} share memory")
+            if has_step(family, group) and state.get("step") is not None:
+                checked_step(state["step"], where)
+            todo.append((index, param, group, backend, where))
+
+        for index, param, group, backend, where in todo:
+            if param.grad.is_conj() or param.grad.is_neg():
+                param.grad = param.grad.resolve_conj().resolve_neg()
+            stateful = has_step(family, group) or RULES[family.rule(group)]["states"]
+            state = optimizer.state[param] if stateful else {}
+            fresh = create_state(family, state, param, group)
+            step = state.get("step") if has_step(family, group) else None
+            if step is not None and not (
+                isinstance(step, Tensor)
+                and step.device.type == "cpu"
+                and step.dtype in (torch.float32, torch.float64)
+                and step.numel() == 1
+            ):
+                step = state["step"] = checked_step(step, where)
+            if backend == "reference":
+                self._referred.add(index)
+                self.plan.skip(index)
+                if fresh:
+                    self._fresh.add(index)
+                continue
+            rounds = group.get("stochastic_rounding") and param.dtype == torch.bfloat16
+            self.plan.bind(
+                index,
+                param.grad,
+                state,
+                step,
+                timed=family.timed,
+                fresh=fresh,
+                negate=bool(group.get("maximize")),
+                seed=group["seed"] if rounds else None,
+            )
+
+    def _referred_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, Tensor, Group]]:
+        """(index, parameter, group) of each parameter with a gradient that is left to the reference."""
+        found = []
+        for index in sorted(self._referred):
+            g, i = self._places[index]
+            group = optimizer.param_groups[g]
+            if group["params"][i].grad is not None:
+                found.append((index, group["params"][i], group))
+        return found
+
+    def _norm(self, optimizer: torch.optim.Optimizer, inverse_scale: float | None) -> float:
+        inverse = 1.0 if inverse_scale is None else inverse_scale
+        norm, _ = self.plan.norm(2.0, inverse, torch.get_num_threads())
+        if self._referred:
+            partials = dict(enumerate(self.plan.partials()))
+            for index, param, _group in self._referred_parameters(optimizer):
+                assert param.grad is not None
+                partials[index] = reference.partial_norm(inverse * reference.arithmetic(param.grad, param), 2.0)
+            norm = reference.total_norm([partials[index] for index in self.plan.active()], 2.0)
+        self.grad_norm = norm
+        return norm
+
+    def _run_reference(self, optimizer: torch.optim.Optimizer, inverse_scale: float | None, factor: float) -> None:
+        family = self.family
+        for index, param, group in self._referred_parameters(optimizer):
+            state = optimizer.state[param] if param in optimizer.state else {}
+            rule = family.rule(group)
+            count = int(state["step"]) + 1 if has_step(family, group) else 0
+            rounds = group.get("stochastic_rounding") and param.dtype == torch.bfloat16
+            reference.step_parameter(
+                rule,
+                param,
+                [state[name] for name in RULES[rule]["states"]],
+                {name: _plain(group[name]) for name in RULES[rule]["hyper"]},
+                count if family.timed else 1 if index in self._fresh else 2,
+                inverse_scale=inverse_scale,
+                clip_factor=factor,
+                negate=bool(group.get("maximize")),
+                rounding=(group["seed"], count, index) if rounds else None,
+            )
+            self._fresh.discard(index)
+            if has_step(family, group):
+                state["step"] += 1
+
+
+def _plain(value: Any) -> Any:
+    """A hyper-parameter as Python floats."""
+    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)

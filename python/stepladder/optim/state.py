@@ -1,0 +1,134 @@
+"""What state a parameter has: its dtype, its creation, and the check of state that comes from outside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stepladder import _C
+
+if TYPE_CHECKING:
+    from stepladder.optim.base import Group, Optimizer
+
+RULES: dict[str, dict[str, Any]] = _C.rules()
+
+_COMPLEX = {torch.float32: torch.complex64}
+
+
+def state_dtype(param: Tensor, group: Group) -> torch.dtype:
+    """The dtype of a parameter's states: the parameter's, or what the group's `state_dtype` says."""
+    dtype: torch.dtype | None = group.get("state_dtype")
+    if dtype is None:
+        return param.dtype
+    return _COMPLEX[dtype] if param.is_complex() else dtype
+
+
+def has_step(family: type[Optimizer], group: Group) -> bool:
+    """Whether the state counts steps: where the optimizer does, and for stochastic rounding's sake."""
+    return family.timed or bool(group.get("stochastic_rounding"))
+
+
+def new_step(value: float = 0.0) -> Tensor:
+    """A step count as torch keeps it: a CPU scalar, float32 unless the default dtype is float64."""
+    wide = torch.get_default_dtype() == torch.float64
+    return torch.tensor(value, dtype=torch.float64 if wide else torch.float32)
+
+
+def missing_states(family: type[Optimizer], state: dict[str, Any], group: Group) -> list[str]:
+    """The names of the rule's states that are still to be created."""
+    return [name for name in RULES[family.rule(group)]["states"] if state.get(name) is None]
+
+
+def create_state(family: type[Optimizer], state: dict[str, Any], param: Tensor, group: Group) -> bool:
+    """Create what is missing in a parameter's state; returns whether a state tensor was created."""
+    missing = missing_states(family, state, group)
+    if has_step(family, group) and "step" not in state:
+        # A state that did not count steps has seen at least one.
+        state["step"] = new_step(1.0 if state and not missing else 0.0)
+    for name in missing:
+        state[name] = family.initial_state(name, param, group, state_dtype(param, group))
+    return bool(missing)
+
+
+def check_complete(family: type[Optimizer], state: dict[str, Any], group: Group, where: str) -> None:
+    """Refuse a state that has some of the rule's tensors and lacks others.
+
+    Raises:
+        ValueError: Names what is missing.
+    """
+    if not any(value is not None for value in state.values()):
+        return
+    missing = [name for name in missing_states(family, state, group) if name not in family.optional_states]
+    if family.timed and state.get("step") is None:
+        missing.insert(0, "step")
+    if missing:
+        raise ValueError(f"the state of {where} lacks {', '.join(map(repr, missing))}: it has {sorted(state)}")
+
+
+def check_tensor(name: str, value: Any, param: Tensor, where: str) -> None:
+    """Refuse a state that cannot be one of this parameter's.
+
+    Raises:
+        TypeError: It is no strided floating-point tensor, or is real where the parameter is complex.
+        ValueError: Its shape is not the parameter's.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the state {name!r} of {where} is a {type(value).__name__}, expected a tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"the state {name!r} of {where} has layout {value.layout}, expected torch.strided")
+    if value.is_complex() != param.is_complex() or not (value.is_floating_point() or value.is_complex()):
+        kind = "complex" if param.is_complex() else "floating-point"
+        raise TypeError(f"the state {name!r} of {where} has dtype {value.dtype}, expected a {kind} one")
+    if value.shape != param.shape:
+        raise ValueError(
+            f"the state {name!r} of {where} has shape {tuple(value.shape)}, expected the parameter's {tuple(param.shape)}"
+        )
+
+
+def checked_step(value: Any, where: str) -> Tensor:
+    """A step count from a checkpoint as this package keeps it.
+
+    Raises:
+        TypeError: It is neither a number nor a tensor of one element.
+        ValueError: It is negative or not finite.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        count = float(value)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        count = float(value)
+    else:
+        raise TypeError(f"the state 'step' of {where} is {value!r}, expected a number or a tensor of one element")
+    if not 0.0 <= count < 2.0**63:
+        raise ValueError(f"the state 'step' of {where} is {count}, expected a finite count of at least 0")
+    if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64):
+        return value.detach().to("cpu", copy=True).reshape(())
+    return new_step(count)
+
+
+def checked_state(family: type[Optimizer], index: Any, entry: Any, param: Tensor, group: Group) -> dict[str, Any]:
+    """One parameter's entry of a checkpoint, copied, cast and moved to what this optimizer would have.
+
+    Raises:
+        TypeError: An entry or a value in it has the wrong type.
+        ValueError: A state is missing, unknown or mis-shaped.
+    """
+    where = f"parameter {index}"
+    if not isinstance(entry, dict):
+        raise TypeError(f"the state of {where} is a {type(entry).__name__}, expected a dict")
+    entry = {name: value for name, value in entry.items() if value is not None}
+    known = {"step", *RULES[family.rule(group)]["states"]}
+    if unknown := sorted(map(str, set(entry) - known)):
+        raise ValueError(f"the state of {where} has unknown {', '.join(map(repr, unknown))}: expected {sorted(known)}")
+    check_complete(family, entry, group, where)
+    result: dict[str, Any] = {}
+    for name, value in entry.items():
+        if name == "step":
+            if has_step(family, group):
+                result[name] = checked_step(value, where)
+            continue
+        check_tensor(name, value, param, where)
+        dtype = state_dtype(param, group)
+        result[name] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value.detach())
+    return result

@@ -1,0 +1,109 @@
+"""The slow versions of everything: the specification that the kernels are held to, bit for bit.
+
+Each update rule is a pure function of tensors in the arithmetic type (any float dtype); `step_parameter` adds
+storage: loads, gradient scaling, rounding. `stepladder.reference.AdamW(...)` and so on are the optimizers
+with `backend="reference"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepladder.reference.adagrad import adagrad
+from stepladder.reference.adam import adam
+from stepladder.reference.adamw import adamw
+from stepladder.reference.arithmetic import round_stochastically
+from stepladder.reference.clip import arithmetic, clip_grad_norm_, partial_norm, total_norm
+from stepladder.reference.lamb import lamb
+from stepladder.reference.lars import lars
+from stepladder.reference.lion import lion
+from stepladder.reference.rmsprop import rmsprop
+from stepladder.reference.sgd import momentum, sgd
+from stepladder.reference.signsgd import signsgd, signum
+
+__all__ = ["RULES", "arithmetic", "clip_grad_norm_", "partial_norm", "step_parameter", "total_norm"]
+
+Rule = Callable[..., tuple[Tensor, ...]]
+
+# By the names of csrc/rules/rules.def.
+RULES: dict[str, Rule] = {
+    "sgd": sgd,
+    "momentum": momentum,
+    "adagrad": adagrad,
+    "rmsprop": rmsprop,
+    "rmsprop_momentum": partial(rmsprop, with_momentum=True),
+    "rmsprop_centered": partial(rmsprop, centered=True),
+    "rmsprop_centered_momentum": partial(rmsprop, centered=True, with_momentum=True),
+    "adam": adam,
+    "adam_amsgrad": adam,
+    "adamw": adamw,
+    "adamw_amsgrad": adamw,
+    "signsgd": signsgd,
+    "signum": signum,
+    "lion": lion,
+    "lars": lars,
+    "lamb": lamb,
+}
+
+
+@torch.no_grad()
+def step_parameter(
+    rule: str,
+    param: Tensor,
+    states: Sequence[Tensor],
+    hyper: dict[str, Any],
+    time: int,
+    *,
+    inverse_scale: float | None = None,
+    clip_factor: float = 1.0,
+    negate: bool = False,
+    rounding: tuple[int, int, int] | None = None,
+) -> None:
+    """Step one parameter and its states in place.
+
+    Args:
+        rule: A name in rules.def.
+        param: Of any supported dtype, with its gradient in `.grad`.
+        states: The rule's states, in the rule's order.
+        hyper: The rule's hyper-parameters by name.
+        time: The rule's step count t, from 1.
+        inverse_scale: Multiplies the gradient first, and the product is written back to it.
+        clip_factor: Multiplies the gradient next.
+        negate: Changes its sign (maximize).
+        rounding: (seed, step, parameter index) of the stochastic rounding of a bf16 parameter.
+    """
+    g = arithmetic(param.grad, param)  # type: ignore[arg-type]
+    if inverse_scale is not None:
+        g = inverse_scale * g
+        _real(param.grad).copy_(g)  # type: ignore[arg-type]
+    if clip_factor != 1.0:
+        g = clip_factor * g
+    if negate:
+        g = -g
+    extra = {"state_dtype": _real(states[0]).dtype} if rule == "lamb" else {}
+    updated = RULES[rule](
+        arithmetic(param, param), g, *(arithmetic(s, param) for s in states), **hyper, **extra, time=time
+    )
+    if rounding is not None:
+        param.copy_(round_stochastically(updated[0], *rounding))
+    else:
+        _real(param).copy_(updated[0])
+    for state, value in zip(states, updated[1:], strict=True):
+        _real(state).copy_(value)
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def __getattr__(name: str) -> Any:
+    from stepladder import optim
+
+    if name in optim.__all__:
+        return partial(getattr(optim, name), backend="reference")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

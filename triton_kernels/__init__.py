@@ -1,0 +1,1 @@
+"""Triton kernels of stepladder, installed as stepladder.triton_kernels."""
