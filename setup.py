@@ -32,6 +32,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSTEPLADDER_CUDA={cuda}",
         ]
+        if ninja := shutil.which("ninja"):
+            # Given anew each time: a build environment of pip's is gone when its cached path is next read.
+            options.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         if architectures := os.environ.get("STEPLADDER_CUDA_ARCHITECTURES"):
             options.append(f"-DSTEPLADDER_CUDA_ARCHITECTURES={architectures}")
         subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True)

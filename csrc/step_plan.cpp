@@ -43,9 +43,7 @@ bool same_choice(PyObject* before, PyObject* now) {
   return equal == 1;
 }
 
-bool flag(PyObject* tensor, const char* method) {
-  return py::handle(tensor).attr(method)().cast<bool>();
-}
+bool flag(PyObject* tensor, const char* method) { return py::handle(tensor).attr(method)().cast<bool>(); }
 
 // Strides of a contiguous tensor: those whose gradients need no closer look.
 bool is_contiguous(const TensorView& view) {
@@ -118,17 +116,21 @@ double read_step(const void* data, bool is_double) {
 }  // namespace
 
 bool StepPlan::Signature::matches(const TensorView& view) const {
-  if (view.dtype != dtype || view.complex != complex || view.ndim != static_cast<int>(sizes.size())) return false;
-  for (int d = 0; d < view.ndim; ++d)
-    if (view.sizes[d] != sizes[d] || view.strides[d] != strides[d]) return false;
+  if (view.ndim != ndim || view.dtype != dtype || view.complex != complex) return false;
+  const int64_t* expected = ndim <= kInline ? extents : more.data();
+  for (int d = 0; d < ndim; ++d)
+    if (view.sizes[d] != expected[d] || view.strides[d] != expected[ndim + d]) return false;
   return true;
 }
 
 void StepPlan::Signature::assign(const TensorView& view) {
+  ndim = view.ndim;
   dtype = view.dtype;
   complex = view.complex;
-  sizes.assign(view.sizes, view.sizes + view.ndim);
-  strides.assign(view.strides, view.strides + view.ndim);
+  if (ndim > kInline) more.resize(2 * ndim);
+  int64_t* kept = ndim <= kInline ? extents : more.data();
+  std::copy(view.sizes, view.sizes + ndim, kept);
+  std::copy(view.strides, view.strides + ndim, kept + ndim);
 }
 
 StepPlan::StepPlan(py::object exchange, py::object describe)
@@ -220,8 +222,7 @@ bool StepPlan::still_valid(int index) {
   if (!bound.bound) return false;
 
   TensorView view;
-  if (!reader_.read(bound.param.ptr(), &view) || view.data != tensor.columns[kParam].data ||
-      !bound.param_signature.matches(view))
+  if (!reader_.read(bound.param.ptr(), &view) || view.data != tensor.columns[kParam].data || !bound.param_signature.matches(view))
     return false;
   if (Py_TYPE(bound.grad.ptr()) != bound.grad_type || !reader_.read(bound.grad.ptr(), &view) || !view.on_cpu ||
       !bound.grad_signature.matches(view))
@@ -232,14 +233,12 @@ bool StepPlan::still_valid(int index) {
   const Group& group = groups_[bound.group];
   for (size_t k = 0; k < group.state_keys.size(); ++k) {
     PyObject* state = PyDict_GetItem(bound.state.ptr(), group.state_keys[k].ptr());
-    if (state != bound.states[k].ptr()) return false;
-    if (!reader_.read(state, &view) || view.data != bound.state_data[k]) return false;
+    if (state != bound.states[k].ptr() || !reader_.read(state, &view) || view.data != bound.state_data[k]) return false;
   }
   if (bound.step_data != nullptr) {
     static PyObject* step_name = interned("step");
     PyObject* step = PyDict_GetItem(bound.state.ptr(), step_name);
-    if (step != bound.step.ptr()) return false;
-    if (!reader_.read(step, &view) || view.data != bound.step_data) return false;
+    if (step != bound.step.ptr() || !reader_.read(step, &view) || view.data != bound.step_data) return false;
   }
   tensor.columns[kGrad].data = grad_data;
   return true;
@@ -300,7 +299,8 @@ void StepPlan::bind(int index, const py::object& grad, const py::object& state, 
   bound.state = state;
   bound.param_signature.assign(views[0]);
   bound.grad_signature.assign(views[1]);
-  bound.check_bits = views[1].complex || views[1].ndim == 0 || !is_contiguous(views[1]) || count_elements(views[1]) == 1;
+  bound.check_bits =
+      views[1].complex || views[1].ndim == 0 || !is_contiguous(views[1]) || count_elements(views[1]) == 1;
   bound.timed = timed;
   bound.fresh = fresh;
   for (size_t k = 0; k < group.state_keys.size(); ++k) {

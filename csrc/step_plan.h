@@ -85,10 +85,14 @@ class StepPlan {
   bool has_exchange() const { return reader_.has_exchange(); }
 
  private:
+  // Dtype, sizes and strides of a tensor, kept in place: revalidation is bound by cache misses.
   struct Signature {
-    std::vector<int64_t> sizes, strides;
+    static constexpr int kInline = 4;  // dimensions; tensors of more keep theirs in `more`
+    int ndim = 0;
     DType dtype = DType::f32;
     bool complex = false;
+    int64_t extents[2 * kInline] = {};
+    std::vector<int64_t> more;  // sizes, then strides
     bool matches(const TensorView& view) const;
     void assign(const TensorView& view);
   };
@@ -98,15 +102,15 @@ class StepPlan {
     py::object states[kMaxStates];
     py::object grad;  // held from refresh() to release()
     PyTypeObject* grad_type = nullptr;
-    Signature param_signature, grad_signature;
     const void* state_data[kMaxStates] = {};
     void* step_data = nullptr;
-    bool step_is_double = false;
+    Signature param_signature, grad_signature;
     int group = 0;
+    bool step_is_double = false;
     bool bound = false;
     bool skipped = false;
     bool timed = false;
-    bool fresh = false;      // the next step is the first with these states
+    bool fresh = false;       // the next step is the first with these states
     bool check_bits = false;  // the gradient could carry a conjugate or negative bit
     bool active = false;
   };

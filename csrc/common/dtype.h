@@ -22,9 +22,7 @@ struct f16 {
   uint16_t bits;
 };
 
-SL_HD int64_t item_size(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+SL_HD int64_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 template <class To, class From>
 SL_HD To bit_cast(From value) {
@@ -34,9 +32,7 @@ SL_HD To bit_cast(From value) {
   return result;
 }
 
-SL_HD float to_float(bf16 value) {
-  return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
-}
+SL_HD float to_float(bf16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
 SL_HD float to_float(f16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;

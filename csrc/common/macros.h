@@ -16,3 +16,12 @@
 #else
 #define SL_RESTRICT
 #endif
+
+// Before a loop whose iterations are independent, where `omp simd` would keep local arrays in memory.
+#if defined(__clang__)
+#define SL_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define SL_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define SL_INDEPENDENT
+#endif

@@ -220,7 +220,7 @@ static inline void for_each_element(int64_t n, T* SL_RESTRICT w, const T* SL_RES
   T* SL_RESTRICT s0 = states[0];
   T* SL_RESTRICT s1 = states[1];
   T* SL_RESTRICT s2 = states[2];
-#pragma omp simd
+SL_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     T state[kMaxStates];
     if constexpr (kStates > 0) state[0] = s0[i];
@@ -335,13 +335,12 @@ static void prepare(const Tensor& tensor, int64_t begin, int64_t end, const Grad
       T* w = access.open(kParam, at, n, stage.columns[kParam]);
       T* states[kMaxStates] = {};
       for (int k = 0; k < R::kNumStates; ++k) states[k] = access.open(kState + k, at, n, stage.columns[kState + k]);
-      for_each_element<R::kNumStates>(n, w, g, states,
-                                      [&](T&, T grad, T* state) { R::prepare(scalars, grad, state); });
+      for_each_element<R::kNumStates>(n, w, g, states, [&](T&, T grad, T* state) { R::prepare(scalars, grad, state); });
       for (int k = 0; k < R::kNumStates; ++k) {
         access.close(kState + k, at, n, states[k]);
         if (!access.in_place(kState + k)) access.copy_in(kState + k, at, n, states[k]);
       }
-#pragma omp simd
+SL_INDEPENDENT
       for (int64_t i = 0; i < n; ++i) {
         T state[kMaxStates] = {};
         for (int k = 0; k < R::kNumStates; ++k) state[k] = states[k][i];
@@ -379,8 +378,8 @@ static void apply(const Tensor& tensor, int64_t begin, int64_t end, const Gradie
     T* w = access.open(kParam, at, n, stage.columns[kParam]);
     T* states[kMaxStates] = {};
     for (int k = 0; k < R::kNumStates; ++k) states[k] = access.open(kState + k, at, n, stage.columns[kState + k]);
-    for_each_element<R::kNumStates>(n, w, g, states,
-                                    [&](T& weight, T grad, T* state) { R::apply(scalars, ratio, weight, grad, state); });
+    for_each_element<R::kNumStates>(
+        n, w, g, states, [&](T& weight, T grad, T* state) { R::apply(scalars, ratio, weight, grad, state); });
     access.close(kParam, at, n, w);
     for (int k = 0; k < R::kNumStates; ++k) access.close(kState + k, at, n, states[k]);
   }

@@ -61,7 +61,7 @@ class Plan {
   std::vector<int> assign_waves() const;
 
   std::vector<Chunk> chunks_;
-  std::vector<std::vector<Item>> waves_;  // items whose writes do not overlap; waves run one after another
+  std::vector<std::vector<Item>> waves_;       // items whose writes do not overlap; waves run one after another
   std::vector<std::vector<Item>> norm_waves_;  // the same for tensors with norm-based rules alone
   std::vector<Slot> scalars_;
   std::vector<double> leaves_;

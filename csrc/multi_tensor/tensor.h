@@ -10,8 +10,8 @@
 
 namespace stepladder {
 
-constexpr int kLanes = 128;   // lanes of the fixed reduction tree
-constexpr int kLeaf = 4096;   // elements of one of its leaves
+constexpr int kLanes = 128;  // lanes of the fixed reduction tree
+constexpr int kLeaf = 4096;  // elements of one of its leaves
 constexpr int kColumns = 2 + kMaxStates;
 
 enum ColumnIndex : int { kParam = 0, kGrad = 1, kState = 2 };

@@ -24,8 +24,8 @@ struct Adagrad {
 
   template <class T>
   SL_HD static Scalars<T> scalars(const Hyper& h, int64_t step) {
-    return {static_cast<T>(h.lr / (1.0 + static_cast<double>(step - 1) * h.lr_decay)),
-            static_cast<T>(h.weight_decay), static_cast<T>(h.eps)};
+    return {static_cast<T>(h.lr / (1.0 + static_cast<double>(step - 1) * h.lr_decay)), static_cast<T>(h.weight_decay),
+            static_cast<T>(h.eps)};
   }
 
   template <class T>

@@ -31,9 +31,9 @@ struct RMSprop {
 
   template <class T>
   SL_HD static Scalars<T> scalars(const Hyper& h, int64_t) {
-    return {static_cast<T>(h.lr),           static_cast<T>(h.alpha),    static_cast<T>(1.0 - h.alpha),
-            static_cast<T>(h.eps),          static_cast<T>(h.weight_decay),
-            static_cast<T>(h.momentum),     Lerp<T>::make(1.0 - h.alpha)};
+    return {static_cast<T>(h.lr),        static_cast<T>(h.alpha),        static_cast<T>(1.0 - h.alpha),
+            static_cast<T>(h.eps),       static_cast<T>(h.weight_decay), static_cast<T>(h.momentum),
+            Lerp<T>::make(1.0 - h.alpha)};
   }
 
   template <class T>

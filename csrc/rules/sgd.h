@@ -52,12 +52,8 @@ struct Momentum {
 
   template <class T>
   SL_HD static Scalars<T> scalars(const Hyper& h, int64_t step) {
-    return {static_cast<T>(h.lr),
-            static_cast<T>(h.momentum),
-            static_cast<T>(1.0 - h.dampening),
-            static_cast<T>(h.weight_decay),
-            h.nesterov != 0.0,
-            step == 1};
+    return {static_cast<T>(h.lr),           static_cast<T>(h.momentum), static_cast<T>(1.0 - h.dampening),
+            static_cast<T>(h.weight_decay), h.nesterov != 0.0,          step == 1};
   }
 
   template <class T>

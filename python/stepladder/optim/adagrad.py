@@ -82,9 +82,7 @@ class Adagrad(Optimizer):
     def initial_state(name: str, param: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
         start = group["initial_accumulator_value"]
         value = complex(start, start) if param.is_complex() else start
-        return torch.full_like(
-            param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-        )
+        return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
     def share_memory(self) -> None:
         """Move the sums to shared memory, for processes that train together."""

@@ -204,4 +204,3 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._engine = Engine(type(self), self._backend, self._max_norm)
-
