@@ -1,17 +1,12 @@
-import os
-
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _clean_globals():
+    """Every test starts from one seed, and leaves torch's global settings as it found them."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield
     assert torch.get_default_dtype() == torch.float32
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _quiet_processors():
-    # The suite shares its machine; spinning OpenMP workers of idle processes would slow its neighbours.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    torch.set_num_threads(threads)

@@ -24,8 +24,8 @@ class Accelerated(torch.optim.Optimizer):
     _engine: Engine
     _step_supports_amp_scaling = True
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step with the gradients in `.grad`; returns what the closure returned."""
         loss = None
         if closure is not None:
@@ -43,22 +43,32 @@ class Accelerated(torch.optim.Optimizer):
 
 
 class AcceleratedSGD(Accelerated, torch.optim.SGD):
+    """torch.optim.SGD with the kernels' step()."""
+
     _family = optim.SGD
 
 
 class AcceleratedAdagrad(Accelerated, torch.optim.Adagrad):
+    """torch.optim.Adagrad with the kernels' step()."""
+
     _family = optim.Adagrad
 
 
 class AcceleratedRMSprop(Accelerated, torch.optim.RMSprop):
+    """torch.optim.RMSprop with the kernels' step()."""
+
     _family = optim.RMSprop
 
 
 class AcceleratedAdam(Accelerated, torch.optim.Adam):
+    """torch.optim.Adam with the kernels' step()."""
+
     _family = optim.Adam
 
 
 class AcceleratedAdamW(Accelerated, torch.optim.AdamW):
+    """torch.optim.AdamW with the kernels' step()."""
+
     _family = optim.AdamW
 
 
@@ -103,7 +113,7 @@ def accelerate(optimizer: T, *, backend: str | None = None) -> T:
     if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
         raise TypeError("cannot accelerate an optimizer whose step() was replaced on the instance")
 
-    optimizer.__class__ = cls
+    optimizer.__class__ = cls  # type: ignore[assignment]
     optimizer._backend = backend  # type: ignore[attr-defined]
     optimizer._engine = Engine(cls._family, backend, None)  # type: ignore[attr-defined]
     optimizer._patch_step_function()

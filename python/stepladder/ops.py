@@ -50,11 +50,13 @@ def clip_grad_norm_(
     if found_inf is not None and found_inf.numel() != 1:
         raise ValueError(f"found_inf has shape {tuple(found_inf.shape)}, expected one element")
     graded = [p for p in params if p.grad is not None]
+    grads: list[Tensor] = []
     for index, p in enumerate(graded):
         assert p.grad is not None
         check_gradient(p.grad, p, "clip_grad_norm_", f"parameter {index}")
         if p.grad.is_conj() or p.grad.is_neg():
             p.grad = p.grad.resolve_conj().resolve_neg()
+        grads.append(p.grad)
 
     threads = torch.get_num_threads()
     plan = new_plan()
@@ -67,13 +69,13 @@ def clip_grad_norm_(
             if others:
                 partials = plan.partials()
                 for index in others:
-                    g = reference.arithmetic(graded[index].grad, graded[index])
+                    g = reference.widened(grads[index], graded[index])
                     partials[index] = reference.partial_norm(g, norm_type)
                     finite = finite and bool(g.isfinite().all())
                 norm = reference.total_norm(partials, norm_type)
         else:
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in graded], norm_type))
-            finite = all(bool(p.grad.isfinite().all()) for p in graded)  # type: ignore[union-attr]
+            norm = float(torch.nn.utils.get_total_norm(grads, norm_type))
+            finite = all(bool(g.isfinite().all()) for g in grads)
         if found_inf is not None:
             found_inf.fill_(0.0 if finite else 1.0)
         if error_if_nonfinite and not math.isfinite(norm):
@@ -86,8 +88,8 @@ def clip_grad_norm_(
         if factor != 1.0:
             plan.scale_gradients(factor, threads)
             for index in others:
-                graded[index].grad.mul_(factor)  # type: ignore[union-attr]
-            torch._C._increment_version([p.grad for p in graded])
+                grads[index].mul_(factor)
+            torch._C._increment_version(grads)
     finally:
         plan.release()
     device = graded[0].device if graded else torch.device("cpu")

@@ -36,7 +36,7 @@ class Adagrad(Optimizer):
 
     timed = True
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # a name that options has too
         self,
         params: Params,
         lr: float | Tensor = 1e-2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -59,10 +60,6 @@ class Optimizer(torch.optim.Optimizer):
     choose it; everything else is here.
     """
 
-    # The name in rules.def of the rule that a group follows.
-    rule: ClassVar[Callable[[Group], str]]
-    # Raises ValueError or TypeError for hyper-parameters that the rule cannot take.
-    check: ClassVar[Callable[[Group], None]]
     # Group keys whose values choose the rule.
     choosing: ClassVar[tuple[str, ...]] = ()
     # Whether the state has a step count, as torch's optimizer of that name has.
@@ -83,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         backends.check_available(backend)
         if max_norm is not None and not 0.0 < float(max_norm) < math.inf:
             raise ValueError(f"max_norm={max_norm} is out of range, expected None or a finite number above 0")
-        defaults = defaults | {key: options[key] for key in _GROUP_OPTIONS if options.get(key)}
+        defaults = defaults | {key: value for key, value in options.items() if key in _GROUP_OPTIONS and value}
         if defaults.get("stochastic_rounding") and "seed" not in defaults:
             defaults["seed"] = torch.initial_seed() % 2**64
         type(self).check(defaults)
@@ -92,6 +89,16 @@ class Optimizer(torch.optim.Optimizer):
         self._max_norm = None if max_norm is None else float(max_norm)
         self._engine = Engine(type(self), backend, self._max_norm)
         super().__init__(params, defaults)
+
+    @staticmethod
+    @abstractmethod
+    def rule(group: Group) -> str:
+        """The name in rules.def of the rule that a group follows."""
+
+    @staticmethod
+    @abstractmethod
+    def check(group: Group) -> None:
+        """Raise ValueError or TypeError for hyper-parameters that the rule cannot take."""
 
     @staticmethod
     def initial_state(name: str, param: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
@@ -117,8 +124,8 @@ class Optimizer(torch.optim.Optimizer):
                 param_group["seed"] = torch.initial_seed() % 2**64
         super().add_param_group(param_group)
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step with the gradients in `.grad`.
 
         Args:
@@ -139,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
         self._engine.step(self)
         return loss
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of the torch.optim optimizer of the same name.
 

@@ -154,7 +154,7 @@ class Engine:
             stale = plan.refresh(optimizer.param_groups)
             if stale is None:
                 self._reset(optimizer)
-                stale = plan.refresh(optimizer.param_groups)
+                stale = plan.refresh(optimizer.param_groups) or []
             if stale or self._referred:
                 self._bind(optimizer, stale)
             factor = 1.0
@@ -168,7 +168,7 @@ class Engine:
             plan.release()
         torch._C._increment_version(written)
         if inverse_scale is not None:
-            torch._C._increment_version([p.grad for p in written])
+            torch._C._increment_version([p.grad for p in written if p.grad is not None])
 
     def _reset(self, optimizer: torch.optim.Optimizer) -> None:
         family = self.family
@@ -256,7 +256,7 @@ class Engine:
             partials = dict(enumerate(self.plan.partials()))
             for index, param, _group in self._referred_parameters(optimizer):
                 assert param.grad is not None
-                partials[index] = reference.partial_norm(inverse * reference.arithmetic(param.grad, param), 2.0)
+                partials[index] = reference.partial_norm(inverse * reference.widened(param.grad, param), 2.0)
             norm = reference.total_norm([partials[index] for index in self.plan.active()], 2.0)
         self.grad_norm = norm
         return norm
@@ -264,7 +264,7 @@ class Engine:
     def _run_reference(self, optimizer: torch.optim.Optimizer, inverse_scale: float | None, factor: float) -> None:
         family = self.family
         for index, param, group in self._referred_parameters(optimizer):
-            state = optimizer.state[param] if param in optimizer.state else {}
+            state = optimizer.state.get(param, {})
             rule = family.rule(group)
             count = int(state["step"]) + 1 if has_step(family, group) else 0
             rounds = group.get("stochastic_rounding") and param.dtype == torch.bfloat16

@@ -40,7 +40,7 @@ class RMSprop(Optimizer):
     timed = True
     late_keys = frozenset({"momentum"})
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # names that options has too
         self,
         params: Params,
         lr: float | Tensor = 1e-2,
@@ -71,7 +71,7 @@ class RMSprop(Optimizer):
 
     @staticmethod
     def rule(group: Group) -> str:
-        return "rmsprop" + "_centered" * bool(group["centered"]) + "_momentum" * (group["momentum"] > 0)
+        return "rmsprop" + "_centered" * bool(group["centered"]) + "_momentum" * bool(group["momentum"] > 0)
 
     @staticmethod
     def check(group: Group) -> None:

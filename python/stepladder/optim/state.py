@@ -82,9 +82,8 @@ def check_tensor(name: str, value: Any, param: Tensor, where: str) -> None:
         kind = "complex" if param.is_complex() else "floating-point"
         raise TypeError(f"the state {name!r} of {where} has dtype {value.dtype}, expected a {kind} one")
     if value.shape != param.shape:
-        raise ValueError(
-            f"the state {name!r} of {where} has shape {tuple(value.shape)}, expected the parameter's {tuple(param.shape)}"
-        )
+        shapes = f"{tuple(value.shape)}, expected the parameter's {tuple(param.shape)}"
+        raise ValueError(f"the state {name!r} of {where} has shape {shapes}")
 
 
 def checked_step(value: Any, where: str) -> Tensor:
@@ -94,12 +93,10 @@ def checked_step(value: Any, where: str) -> Tensor:
         TypeError: It is neither a number nor a tensor of one element.
         ValueError: It is negative or not finite.
     """
-    if isinstance(value, Tensor) and value.numel() == 1:
-        count = float(value)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        count = float(value)
-    else:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number and not (isinstance(value, Tensor) and value.numel() == 1):
         raise TypeError(f"the state 'step' of {where} is {value!r}, expected a number or a tensor of one element")
+    count = float(value)
     if not 0.0 <= count < 2.0**63:
         raise ValueError(f"the state 'step' of {where} is {count}, expected a finite count of at least 0")
     if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64):

@@ -18,7 +18,7 @@ from stepladder.reference.adagrad import adagrad
 from stepladder.reference.adam import adam
 from stepladder.reference.adamw import adamw
 from stepladder.reference.arithmetic import round_stochastically
-from stepladder.reference.clip import arithmetic, clip_grad_norm_, partial_norm, total_norm
+from stepladder.reference.clip import clip_grad_norm_, partial_norm, total_norm, widened
 from stepladder.reference.lamb import lamb
 from stepladder.reference.lars import lars
 from stepladder.reference.lion import lion
@@ -26,7 +26,7 @@ from stepladder.reference.rmsprop import rmsprop
 from stepladder.reference.sgd import momentum, sgd
 from stepladder.reference.signsgd import signsgd, signum
 
-__all__ = ["RULES", "arithmetic", "clip_grad_norm_", "partial_norm", "step_parameter", "total_norm"]
+__all__ = ["RULES", "clip_grad_norm_", "partial_norm", "step_parameter", "total_norm", "widened"]
 
 Rule = Callable[..., tuple[Tensor, ...]]
 
@@ -77,7 +77,7 @@ def step_parameter(
         negate: Changes its sign (maximize).
         rounding: (seed, step, parameter index) of the stochastic rounding of a bf16 parameter.
     """
-    g = arithmetic(param.grad, param)  # type: ignore[arg-type]
+    g = widened(param.grad, param)  # type: ignore[arg-type]
     if inverse_scale is not None:
         g = inverse_scale * g
         _real(param.grad).copy_(g)  # type: ignore[arg-type]
@@ -86,9 +86,7 @@ def step_parameter(
     if negate:
         g = -g
     extra = {"state_dtype": _real(states[0]).dtype} if rule == "lamb" else {}
-    updated = RULES[rule](
-        arithmetic(param, param), g, *(arithmetic(s, param) for s in states), **hyper, **extra, time=time
-    )
+    updated = RULES[rule](widened(param, param), g, *(widened(s, param) for s in states), **hyper, **extra, time=time)
     if rounding is not None:
         param.copy_(round_stochastically(updated[0], *rounding))
     else:

@@ -29,18 +29,17 @@ def total_norm(partials: list[float], norm_type: float) -> float:
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Scale gradients in place so that their norm is at most `max_norm`; returns the norm before."""
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    params = [p for p in params if p.grad is not None]
-    grads = [arithmetic(p.grad, p) for p in params]
-    norm = total_norm([partial_norm(g, norm_type) for g in grads], norm_type)
+    pairs = [(p.grad, widened(p.grad, p)) for p in params if p.grad is not None]
+    norm = total_norm([partial_norm(g, norm_type) for _, g in pairs], norm_type)
     factor = max_norm / (norm + 1e-6)
     if not factor > 1.0:
-        for p, g in zip(params, grads, strict=True):
-            (torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad).copy_(factor * g)
-    wide = any(g.dtype == torch.float64 for g in grads)
+        for grad, g in pairs:
+            (torch.view_as_real(grad) if grad.is_complex() else grad).copy_(factor * g)
+    wide = any(g.dtype == torch.float64 for _, g in pairs)
     return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32)
 
 
-def arithmetic(x: Tensor, param: Tensor) -> Tensor:
+def widened(x: Tensor, param: Tensor) -> Tensor:
     """A tensor in its parameter's arithmetic type: fp64 for fp64, else fp32; complex as real pairs."""
     x = x.detach().resolve_conj().resolve_neg()
     x = torch.view_as_real(x) if x.is_complex() else x
