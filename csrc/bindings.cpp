@@ -88,7 +88,6 @@ PYBIND11_MODULE(_C, m) {
       .def("partials", &StepPlan::partials)
       .def("scale_gradients", &StepPlan::scale_gradients)
       .def("run", &StepPlan::run)
-      .def("written", &StepPlan::written)
       .def("release", &StepPlan::release)
       .def_property("isa", &StepPlan::isa, &StepPlan::set_isa)
       .def_property_readonly("has_exchange", &StepPlan::has_exchange);

@@ -230,25 +230,60 @@ bool StepPlan::still_valid(int index) {
   if (bound.check_bits && (flag(bound.grad.ptr(), "is_conj") || flag(bound.grad.ptr(), "is_neg"))) return false;
   void* grad_data = view.data;
 
-  const Group& group = groups_[bound.group];
-  for (size_t k = 0; k < group.state_keys.size(); ++k) {
-    PyObject* state = PyDict_GetItem(bound.state.ptr(), group.state_keys[k].ptr());
-    if (state != bound.states[k].ptr() || !reader_.read(state, &view) || view.data != bound.state_data[k]) return false;
-  }
-  if (bound.step_data != nullptr) {
-    static PyObject* step_name = interned("step");
-    PyObject* step = PyDict_GetItem(bound.state.ptr(), step_name);
-    if (step != bound.step.ptr() || !reader_.read(step, &view) || view.data != bound.step_data) return false;
-  }
+  bound.footprint.grad = reinterpret_cast<const char*>(view.sizes) - sizes_offset_;
+  bound.footprint.grad_object = reinterpret_cast<const char*>(bound.grad.ptr());
+  if (!states_trusted_ && !states_still_valid(bound)) return false;
   tensor.columns[kGrad].data = grad_data;
   return true;
 }
 
-py::object StepPlan::refresh(const py::list& param_groups) {
+bool StepPlan::states_still_valid(const Bound& bound) {
+  // Referred to by the optimizer's state and by the plan: anyone else may change it unseen.
+  const auto shared = [](const py::object& object) { return Py_REFCNT(object.ptr()) > 2; };
+  TensorView view;
+  const auto valid = [&](const py::object& key, const py::object& value, const void* data) {
+    states_shared_ = states_shared_ || shared(value);
+    return PyDict_GetItem(bound.state.ptr(), key.ptr()) == value.ptr() && reader_.read(value.ptr(), &view) &&
+           view.data == data;
+  };
+  const Group& group = groups_[bound.group];
+  if (!group.state_keys.empty() || bound.step_data != nullptr) states_shared_ = states_shared_ || shared(bound.state);
+  for (size_t k = 0; k < group.state_keys.size(); ++k)
+    if (!valid(group.state_keys[k], bound.states[k], bound.state_data[k])) return false;
+  static const py::object step_name = py::reinterpret_steal<py::object>(interned("step"));
+  return bound.step_data == nullptr || valid(step_name, bound.step, bound.step_data);
+}
+
+// A step finds torch's records of its parameters evicted by the forward and backward passes. Asking for them
+// some parameters ahead overlaps the misses.
+void StepPlan::prefetch(size_t index) const {
+  if (index >= bound_.size()) return;
+  const Bound& bound = bound_[index];
+  __builtin_prefetch(bound.param.ptr());
+  __builtin_prefetch(bound.footprint.grad_object);
+  __builtin_prefetch(bound.footprint.param_storage);
+  for (int line = 0; line < 3; ++line) {
+    __builtin_prefetch(bound.footprint.param + 64 * line);
+    __builtin_prefetch(bound.footprint.grad + 64 * line);
+  }
+}
+
+py::object StepPlan::refresh(const py::list& param_groups, const py::dict& attributes, bool touched) {
   if (!same_structure(param_groups)) return py::none();
   for (Group& group : groups_) read_hyper(group);
+  states_trusted_ = !touched && !states_shared_;
+  if (!states_trusted_) {
+    PyObject* state = PyDict_GetItemString(attributes.ptr(), "state");
+#if defined(Py_GIL_DISABLED)
+    states_shared_ = true;  // reference counts say nothing there
+#else
+    states_shared_ = state == nullptr || Py_REFCNT(state) > 1;
+#endif
+  }
   py::list stale;
+  constexpr size_t kAhead = 6;
   for (size_t i = 0; i < bound_.size(); ++i) {
+    prefetch(i + kAhead);
     Bound& bound = bound_[i];
     PyObject* grad = PyObject_GetAttr(bound.param.ptr(), grad_name());
     if (grad == nullptr) throw py::error_already_set();
@@ -260,7 +295,10 @@ py::object StepPlan::refresh(const py::list& param_groups) {
       stale_schedule_ = true;
     }
     if (works && !still_valid(static_cast<int>(i))) stale.append(i);
+    // States of a parameter that sits this step out are vouched for too.
+    if (!works && bound.bound && !states_trusted_ && !states_still_valid(bound)) bound.bound = false;
   }
+  if (!stale.empty()) states_shared_ = true;
   return stale;
 }
 
@@ -281,6 +319,7 @@ void StepPlan::bind(int index, const py::object& grad, const py::object& state, 
     views.push_back(view);
   };
   take(bound.param, "the value");
+  const int64_t* param_sizes = views[0].sizes;
   take(grad, "the gradient");
   for (const py::object& key : group.state_keys)
     take(state[key], ("the state '" + key.cast<std::string>() + "'").c_str());
@@ -290,6 +329,13 @@ void StepPlan::bind(int index, const py::object& grad, const py::object& state, 
     SL_CHECK(sizes_kept[c] == sizes_kept[0] && views[c].complex == views[0].complex, "column ", c, " of parameter ",
              index, " has another shape than the parameter, or is complex where that is real");
   }
+
+  const auto address = [](const py::object& object) {
+    return reinterpret_cast<const char*>(object.attr("_cdata").cast<uintptr_t>());
+  };
+  bound.footprint.param = address(bound.param);
+  bound.footprint.param_storage = address(bound.param.attr("untyped_storage")());
+  sizes_offset_ = reinterpret_cast<const char*>(param_sizes) - bound.footprint.param;
 
   bound.bound = true;
   bound.skipped = false;
@@ -399,7 +445,7 @@ void StepPlan::scale_gradients(double factor, int threads) {
   plan_.scale(factor, *kernels_, threads);
 }
 
-void StepPlan::run(const py::object& inverse_scale, double clip_factor, int threads) {
+void StepPlan::run(const py::object& inverse_scale, double clip_factor, int threads, const py::object& announce) {
   prepare();
   GradientScale scale;
   scale.unscale = !inverse_scale.is_none();
@@ -423,10 +469,14 @@ void StepPlan::run(const py::object& inverse_scale, double clip_factor, int thre
     previous = static_cast<int>(i);
     previous_time = time;
   }
-  {
-    py::gil_scoped_release nogil;
-    plan_.run(scale, *kernels_, threads);
-  }
+  const py::list params = written();
+  PyThreadState* thread = nullptr;
+  plan_.run(scale, *kernels_, threads, [&] {
+    PyObject_CallOneArg(announce.ptr(), params.ptr());
+    thread = PyEval_SaveThread();
+  });
+  PyEval_RestoreThread(thread);
+  if (PyErr_Occurred()) throw py::error_already_set();
   for (size_t i = 0; i < bound_.size(); ++i) {
     if (!plan_.active[i]) continue;
     Bound& bound = bound_[i];

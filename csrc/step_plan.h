@@ -53,7 +53,12 @@ class StepPlan {
 
   // Compares every parameter, gradient and state with what is bound. None: groups or parameters are not
   // those of reset(). Else the indices that bind() must be called for, counting through all groups.
-  py::object refresh(const py::list& param_groups);
+  //
+  // Reading the states costs more than all the rest, so they are trusted while nobody can have changed them:
+  // `touched` says whether anyone has asked the optimizer for its state since the last refresh(), and the last
+  // look at the states has found no reference to any of them outside the optimizer. `attributes` is the
+  // optimizer's __dict__.
+  py::object refresh(const py::list& param_groups, const py::dict& attributes, bool touched);
 
   // Binds parameter `index`. `state` is its state dict, `step` its step tensor or None; `timed`: the rule
   // counts time by it. `fresh`: the states were just created. `seed`: for stochastic rounding, or None.
@@ -72,11 +77,9 @@ class StepPlan {
   std::vector<double> partials() const;
   void scale_gradients(double factor, int threads);
 
-  // The step. After refresh() returned no index.
-  void run(const py::object& inverse_scale, double clip_factor, int threads);
-
-  // The parameters that run() wrote.
-  py::list written();
+  // The step. After refresh() returned no index. `announce` is called with the list of the parameters that
+  // are written, by this thread while others already work.
+  void run(const py::object& inverse_scale, double clip_factor, int threads, const py::object& announce);
   // Lets go of this step's gradients.
   void release();
 
@@ -97,6 +100,14 @@ class StepPlan {
     void assign(const TensorView& view);
   };
 
+  // Addresses to be prefetched, never read through.
+  struct Footprint {
+    const char* param = nullptr;
+    const char* param_storage = nullptr;
+    const char* grad_object = nullptr;
+    const char* grad = nullptr;
+  };
+
   struct Bound {
     py::object param, state, step;
     py::object states[kMaxStates];
@@ -105,6 +116,7 @@ class StepPlan {
     const void* state_data[kMaxStates] = {};
     void* step_data = nullptr;
     Signature param_signature, grad_signature;
+    Footprint footprint;
     int group = 0;
     bool step_is_double = false;
     bool bound = false;
@@ -126,6 +138,9 @@ class StepPlan {
   bool same_structure(const py::list& param_groups) const;
   void read_hyper(Group& group);
   bool still_valid(int index);
+  bool states_still_valid(const Bound& bound);
+  void prefetch(size_t index) const;
+  py::list written();
   void prepare();
 
   TensorReader reader_;
@@ -135,6 +150,9 @@ class StepPlan {
   std::vector<Group> groups_;
   py::object written_;
   bool stale_schedule_ = true;
+  bool states_shared_ = true;     // somebody else may hold a reference to a state
+  bool states_trusted_ = false;   // for the refresh() in progress
+  ptrdiff_t sizes_offset_ = 0;    // of the sizes in torch's record of a tensor
 };
 
 }  // namespace stepladder

@@ -34,7 +34,7 @@ def graded(*tensors: torch.Tensor) -> list[torch.nn.Parameter]:
 
 def bound_again(optimizer) -> int:
     """How many parameters the next step has to bind anew."""
-    stale = optimizer._engine.plan.refresh(optimizer.param_groups)
+    stale = optimizer._engine._refresh(optimizer)
     optimizer._engine.plan.release()
     return -1 if stale is None else len(stale)
 

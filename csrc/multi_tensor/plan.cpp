@@ -54,6 +54,8 @@ double fold_partials(std::vector<double>& x, Norm kind) {
   return x.empty() ? 0.0 : x[0];
 }
 
+const auto nothing = [] {};
+
 int useful_threads(int64_t bytes, int threads) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, bytes / kBytesPerThread)));
 }
@@ -164,19 +166,25 @@ void Plan::schedule() {
   }
 }
 
-template <class Body>
-void Plan::for_each_chunk(const std::vector<Item>& items, int threads, Body body) const {
+template <class Body, class Prologue>
+void Plan::for_each_chunk(const std::vector<Item>& items, int threads, Body body, Prologue prologue) const {
   const int64_t n = static_cast<int64_t>(items.size());
   const int used = static_cast<int>(std::min<int64_t>(useful_threads(total_bytes_, threads), n));
   const auto work = [&](int64_t i) {
     for (int32_t c = items[i].first; c < items[i].last; ++c) body(chunks_[c]);
   };
   if (used <= 1) {
+    prologue();
     for (int64_t i = 0; i < n; ++i) work(i);
     return;
   }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(used)
-  for (int64_t i = 0; i < n; ++i) work(i);
+#pragma omp parallel num_threads(used)
+  {
+#pragma omp master
+    prologue();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < n; ++i) work(i);
+  }
 }
 
 double Plan::norm(Norm kind, double inverse_scale, const CpuKernels& kernels, int threads, bool* finite) {
@@ -187,7 +195,7 @@ double Plan::norm(Norm kind, double inverse_scale, const CpuKernels& kernels, in
       if (kernels.measure[arithmetic_index(t)](t, chunk.begin, chunk.end, kind, inverse_scale)) {
         __atomic_store_n(&not_finite, 1, __ATOMIC_RELAXED);
       }
-    });
+    }, nothing);
   }
   *finite = not_finite == 0;
   std::vector<double>& folded = fold_scratch_;
@@ -206,15 +214,19 @@ void Plan::scale(double factor, const CpuKernels& kernels, int threads) {
     for_each_chunk(items, threads, [&](const Chunk& chunk) {
       const Tensor& t = tensors[chunk.tensor];
       kernels.scale[arithmetic_index(t)](t, chunk.begin, chunk.end, factor);
-    });
+    }, nothing);
   }
 }
 
-void Plan::run(const GradientScale& scale, const CpuKernels& kernels, int threads) {
+void Plan::run(const GradientScale& scale, const CpuKernels& kernels, int threads,
+               const std::function<void()>& prologue) {
+  if (waves_.empty()) prologue();
   for (size_t wave = 0; wave < waves_.size(); ++wave) {
     for_each_chunk(waves_[wave], threads, [&](const Chunk& chunk) {
       const Tensor& t = tensors[chunk.tensor];
       kernels.update[static_cast<int>(t.rule)][arithmetic_index(t)](t, chunk.begin, chunk.end, scale);
+    }, [&] {
+      if (wave == 0) prologue();
     });
     if (norm_waves_[wave].empty()) continue;
     for (const Item& item : norm_waves_[wave]) {
@@ -226,7 +238,7 @@ void Plan::run(const GradientScale& scale, const CpuKernels& kernels, int thread
     for_each_chunk(norm_waves_[wave], threads, [&](const Chunk& chunk) {
       const Tensor& t = tensors[chunk.tensor];
       kernels.apply[static_cast<int>(t.rule)][arithmetic_index(t)](t, chunk.begin, chunk.end, scale);
-    });
+    }, nothing);
   }
 }
 

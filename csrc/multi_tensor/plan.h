@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "multi_tensor/kernels.h"
@@ -49,15 +50,16 @@ class Plan {
   double partial(int i) const { return partials_[i]; }
 
   void scale(double factor, const CpuKernels& kernels, int threads);
-  void run(const GradientScale& scale, const CpuKernels& kernels, int threads);
+  // `prologue` is called once, by the calling thread, while others already work.
+  void run(const GradientScale& scale, const CpuKernels& kernels, int threads, const std::function<void()>& prologue);
 
  private:
   struct alignas(64) Slot {
     char bytes[128];
   };
 
-  template <class Body>
-  void for_each_chunk(const std::vector<Item>& items, int threads, Body body) const;
+  template <class Body, class Prologue>
+  void for_each_chunk(const std::vector<Item>& items, int threads, Body body, Prologue prologue) const;
   std::vector<int> assign_waves() const;
 
   std::vector<Chunk> chunks_;

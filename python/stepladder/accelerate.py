@@ -11,12 +11,12 @@ import torch
 from stepladder import backends, optim
 from stepladder.optim import checks
 from stepladder.optim.base import Optimizer
-from stepladder.optim.engine import Engine
+from stepladder.optim.engine import Engine, WatchedState
 
 T = TypeVar("T", bound=torch.optim.Optimizer)
 
 
-class Accelerated(torch.optim.Optimizer):
+class Accelerated(WatchedState, torch.optim.Optimizer):  # type: ignore[misc]  # state is a property here
     """What accelerate() puts in front of a torch.optim class; all but step() stays that class's own."""
 
     _family: type[Optimizer]

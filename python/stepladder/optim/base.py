@@ -15,7 +15,7 @@ from typing_extensions import TypedDict, Unpack
 
 from stepladder import backends
 from stepladder.optim import checks
-from stepladder.optim.engine import Engine
+from stepladder.optim.engine import Engine, WatchedState
 from stepladder.optim.state import RULES, checked_state
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
 _GROUP_OPTIONS = ("state_dtype", "stochastic_rounding", "seed", "foreach", "fused", "differentiable", "capturable")
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(WatchedState, torch.optim.Optimizer):  # type: ignore[misc]  # state is a property here
     """A torch optimizer whose step is one call into the kernels, for all groups together.
 
     A subclass says which rule of csrc/rules/rules.def a group follows and which of its hyper-parameters

@@ -6,6 +6,7 @@ that are new or have changed. All of them are checked before the first state is 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,6 +120,33 @@ def check_parameter(param: Tensor, family: type[Optimizer], group: Group, where:
         raise ValueError(f"capturable=True needs parameters on a GPU, {where} is on {param.device}")
 
 
+class WatchedState:
+    """Mixed into an optimizer: notes when anyone asks for its state, and so may change it.
+
+    In steady training nobody does between two steps, and the plan need not look at the states.
+    """
+
+    _state_touched = True
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The states, by parameter."""
+        self._state_touched = True
+        state: defaultdict[Tensor, Any] = self.__dict__["state"]
+        return state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self._state_touched = True
+        self.__dict__["state"] = value
+
+
+def _announce_with_gradients(params: list[Tensor]) -> None:
+    """Bump the autograd versions of the parameters, and of the gradients that were unscaled in place."""
+    torch._C._increment_version(params)
+    torch._C._increment_version([p.grad for p in params if p.grad is not None])
+
+
 class Engine:
     """Steps all groups of one optimizer.
 
@@ -151,24 +179,26 @@ class Engine:
 
         plan = self.plan
         try:
-            stale = plan.refresh(optimizer.param_groups)
+            stale = self._refresh(optimizer)
             if stale is None:
                 self._reset(optimizer)
-                stale = plan.refresh(optimizer.param_groups) or []
+                stale = self._refresh(optimizer) or []
             if stale or self._referred:
                 self._bind(optimizer, stale)
             factor = 1.0
             if self.max_norm is not None:
                 factor = clip_factor(self._norm(optimizer, inverse_scale), self.max_norm)
-            plan.run(inverse_scale, factor, torch.get_num_threads())
-            written = plan.written()
+            announce = torch._C._increment_version if inverse_scale is None else _announce_with_gradients
+            plan.run(inverse_scale, factor, torch.get_num_threads(), announce)
             if self._referred:
                 self._run_reference(optimizer, inverse_scale, factor)
         finally:
             plan.release()
-        torch._C._increment_version(written)
-        if inverse_scale is not None:
-            torch._C._increment_version([p.grad for p in written if p.grad is not None])
+
+    def _refresh(self, optimizer: torch.optim.Optimizer) -> list[int] | None:
+        touched = optimizer._state_touched  # type: ignore[attr-defined]
+        optimizer._state_touched = False  # type: ignore[attr-defined]
+        return self.plan.refresh(optimizer.param_groups, optimizer.__dict__, touched)
 
     def _reset(self, optimizer: torch.optim.Optimizer) -> None:
         family = self.family
