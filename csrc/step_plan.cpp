@@ -222,7 +222,8 @@ bool StepPlan::still_valid(int index) {
   if (!bound.bound) return false;
 
   TensorView view;
-  if (!reader_.read(bound.param.ptr(), &view) || view.data != tensor.columns[kParam].data || !bound.param_signature.matches(view))
+  if (!reader_.read(bound.param.ptr(), &view) || view.data != tensor.columns[kParam].data ||
+      !bound.param_signature.matches(view))
     return false;
   if (Py_TYPE(bound.grad.ptr()) != bound.grad_type || !reader_.read(bound.grad.ptr(), &view) || !view.on_cpu ||
       !bound.grad_signature.matches(view))
@@ -262,6 +263,7 @@ void StepPlan::prefetch(size_t index) const {
   __builtin_prefetch(bound.param.ptr());
   __builtin_prefetch(bound.footprint.grad_object);
   __builtin_prefetch(bound.footprint.param_storage);
+  __builtin_prefetch(bound.step_data, 1);
   for (int line = 0; line < 3; ++line) {
     __builtin_prefetch(bound.footprint.param + 64 * line);
     __builtin_prefetch(bound.footprint.grad + 64 * line);

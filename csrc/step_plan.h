@@ -150,9 +150,9 @@ class StepPlan {
   std::vector<Group> groups_;
   py::object written_;
   bool stale_schedule_ = true;
-  bool states_shared_ = true;     // somebody else may hold a reference to a state
-  bool states_trusted_ = false;   // for the refresh() in progress
-  ptrdiff_t sizes_offset_ = 0;    // of the sizes in torch's record of a tensor
+  bool states_shared_ = true;    // somebody else may hold a reference to a state
+  bool states_trusted_ = false;  // for the refresh() in progress
+  ptrdiff_t sizes_offset_ = 0;   // of the sizes in torch's record of a tensor
 };
 
 }  // namespace stepladder

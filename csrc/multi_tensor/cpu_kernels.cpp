@@ -220,7 +220,7 @@ static inline void for_each_element(int64_t n, T* SL_RESTRICT w, const T* SL_RES
   T* SL_RESTRICT s0 = states[0];
   T* SL_RESTRICT s1 = states[1];
   T* SL_RESTRICT s2 = states[2];
-SL_INDEPENDENT
+  SL_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     T state[kMaxStates];
     if constexpr (kStates > 0) state[0] = s0[i];
@@ -340,7 +340,7 @@ static void prepare(const Tensor& tensor, int64_t begin, int64_t end, const Grad
         access.close(kState + k, at, n, states[k]);
         if (!access.in_place(kState + k)) access.copy_in(kState + k, at, n, states[k]);
       }
-SL_INDEPENDENT
+      SL_INDEPENDENT
       for (int64_t i = 0; i < n; ++i) {
         T state[kMaxStates] = {};
         for (int k = 0; k < R::kNumStates; ++k) state[k] = states[k][i];

@@ -10,8 +10,8 @@ namespace stepladder {
 
 namespace {
 
-constexpr int64_t kChunk = 4 * kLeaf;         // elements of a chunk
-constexpr int64_t kItemBytes = 1 << 18;       // what a thread takes at a time
+constexpr int64_t kChunk = 16 * kLeaf;        // elements of a chunk
+constexpr int64_t kItemBytes = 1 << 19;       // what a thread takes at a time
 constexpr int64_t kBytesPerThread = 1 << 17;  // below this a further thread costs more than it gains
 
 template <class R, class T>
@@ -190,12 +190,15 @@ void Plan::for_each_chunk(const std::vector<Item>& items, int threads, Body body
 double Plan::norm(Norm kind, double inverse_scale, const CpuKernels& kernels, int threads, bool* finite) {
   int not_finite = 0;
   for (const auto& items : waves_) {
-    for_each_chunk(items, threads, [&](const Chunk& chunk) {
-      const Tensor& t = tensors[chunk.tensor];
-      if (kernels.measure[arithmetic_index(t)](t, chunk.begin, chunk.end, kind, inverse_scale)) {
-        __atomic_store_n(&not_finite, 1, __ATOMIC_RELAXED);
-      }
-    }, nothing);
+    for_each_chunk(
+        items, threads,
+        [&](const Chunk& chunk) {
+          const Tensor& t = tensors[chunk.tensor];
+          if (kernels.measure[arithmetic_index(t)](t, chunk.begin, chunk.end, kind, inverse_scale)) {
+            __atomic_store_n(&not_finite, 1, __ATOMIC_RELAXED);
+          }
+        },
+        nothing);
   }
   *finite = not_finite == 0;
   std::vector<double>& folded = fold_scratch_;
@@ -211,10 +214,13 @@ double Plan::norm(Norm kind, double inverse_scale, const CpuKernels& kernels, in
 
 void Plan::scale(double factor, const CpuKernels& kernels, int threads) {
   for (const auto& items : waves_) {
-    for_each_chunk(items, threads, [&](const Chunk& chunk) {
-      const Tensor& t = tensors[chunk.tensor];
-      kernels.scale[arithmetic_index(t)](t, chunk.begin, chunk.end, factor);
-    }, nothing);
+    for_each_chunk(
+        items, threads,
+        [&](const Chunk& chunk) {
+          const Tensor& t = tensors[chunk.tensor];
+          kernels.scale[arithmetic_index(t)](t, chunk.begin, chunk.end, factor);
+        },
+        nothing);
   }
 }
 
@@ -222,12 +228,15 @@ void Plan::run(const GradientScale& scale, const CpuKernels& kernels, int thread
                const std::function<void()>& prologue) {
   if (waves_.empty()) prologue();
   for (size_t wave = 0; wave < waves_.size(); ++wave) {
-    for_each_chunk(waves_[wave], threads, [&](const Chunk& chunk) {
-      const Tensor& t = tensors[chunk.tensor];
-      kernels.update[static_cast<int>(t.rule)][arithmetic_index(t)](t, chunk.begin, chunk.end, scale);
-    }, [&] {
-      if (wave == 0) prologue();
-    });
+    for_each_chunk(
+        waves_[wave], threads,
+        [&](const Chunk& chunk) {
+          const Tensor& t = tensors[chunk.tensor];
+          kernels.update[static_cast<int>(t.rule)][arithmetic_index(t)](t, chunk.begin, chunk.end, scale);
+        },
+        [&] {
+          if (wave == 0) prologue();
+        });
     if (norm_waves_[wave].empty()) continue;
     for (const Item& item : norm_waves_[wave]) {
       for (int32_t c = item.first; c < item.last; ++c) {
@@ -235,10 +244,13 @@ void Plan::run(const GradientScale& scale, const CpuKernels& kernels, int thread
         if (chunks_[c].begin == 0) t.ratio = kernels.ratio[static_cast<int>(t.rule)][arithmetic_index(t)](t);
       }
     }
-    for_each_chunk(norm_waves_[wave], threads, [&](const Chunk& chunk) {
-      const Tensor& t = tensors[chunk.tensor];
-      kernels.apply[static_cast<int>(t.rule)][arithmetic_index(t)](t, chunk.begin, chunk.end, scale);
-    }, nothing);
+    for_each_chunk(
+        norm_waves_[wave], threads,
+        [&](const Chunk& chunk) {
+          const Tensor& t = tensors[chunk.tensor];
+          kernels.apply[static_cast<int>(t.rule)][arithmetic_index(t)](t, chunk.begin, chunk.end, scale);
+        },
+        nothing);
   }
 }
 
