@@ -76,7 +76,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = SL_CUDA_VERSION;
 
   py::class_<StepPlan>(m, "StepPlan")
-      .def(py::init<py::object, py::object>(), py::arg("exchange"), py::arg("describe"))
+      .def(py::init<py::object, py::object, py::object>(), py::arg("exchange"), py::arg("describe"),
+           py::arg("shares_memory"))
       .def("reset", &StepPlan::reset)
       .def("refresh", &StepPlan::refresh)
       .def("bind", &StepPlan::bind, py::arg("index"), py::arg("grad"), py::arg("state"), py::arg("step"),
@@ -90,5 +91,6 @@ PYBIND11_MODULE(_C, m) {
       .def("run", &StepPlan::run)
       .def("release", &StepPlan::release)
       .def_property("isa", &StepPlan::isa, &StepPlan::set_isa)
+      .def_property_readonly("trusts_states", &StepPlan::trusts_states)
       .def_property_readonly("has_exchange", &StepPlan::has_exchange);
 }

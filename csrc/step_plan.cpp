@@ -43,7 +43,11 @@ bool same_choice(PyObject* before, PyObject* now) {
   return equal == 1;
 }
 
-bool flag(PyObject* tensor, const char* method) { return py::handle(tensor).attr(method)().cast<bool>(); }
+bool flag(PyObject* tensor, PyObject* method) {
+  const auto result = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, method));
+  if (!result) throw py::error_already_set();
+  return result.ptr() == Py_True;
+}
 
 // Strides of a contiguous tensor: those whose gradients need no closer look.
 bool is_contiguous(const TensorView& view) {
@@ -133,8 +137,10 @@ void StepPlan::Signature::assign(const TensorView& view) {
   std::copy(view.strides, view.strides + ndim, kept + ndim);
 }
 
-StepPlan::StepPlan(py::object exchange, py::object describe)
-    : reader_(std::move(exchange), std::move(describe)), kernels_(cpu_kernels(nullptr)) {}
+StepPlan::StepPlan(py::object exchange, py::object describe, py::object shares_memory)
+    : reader_(std::move(exchange), std::move(describe)),
+      kernels_(cpu_kernels(nullptr)),
+      shares_memory_(std::move(shares_memory)) {}
 
 void StepPlan::set_isa(const std::string& isa) {
   const CpuKernels* kernels = cpu_kernels(isa.c_str());
@@ -160,7 +166,7 @@ void StepPlan::reset(const py::list& groups) {
       PyObject* value = PyDict_GetItem(group.dict.ptr(), key.ptr());
       group.watched.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
     }
-    for (const py::handle& param : group.dict["params"].cast<py::list>()) {
+    for (const py::handle& param : group.dict["params"]) {
       Bound bound;
       bound.param = py::reinterpret_borrow<py::object>(param);
       bound.group = static_cast<int>(groups_.size());
@@ -185,10 +191,10 @@ bool StepPlan::same_structure(const py::list& param_groups) const {
     for (const auto& [key, value] : group.watched)
       if (!same_choice(value.ptr(), PyDict_GetItem(dict, key.ptr()))) return false;
     PyObject* params = PyDict_GetItem(dict, params_name);
-    if (params == nullptr || !PyList_Check(params)) return false;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++next) {
+    if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params))) return false;
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i, ++next) {
       if (next >= bound_.size() || bound_[next].group != static_cast<int>(g) ||
-          bound_[next].param.ptr() != PyList_GET_ITEM(params, i))
+          bound_[next].param.ptr() != PySequence_Fast_GET_ITEM(params, i))
         return false;
     }
   }
@@ -216,7 +222,7 @@ void StepPlan::read_hyper(Group& group) {
            " hyper-parameters, its rule takes ", rule_info(group.rule).hyper);
 }
 
-bool StepPlan::still_valid(int index) {
+bool StepPlan::still_valid(int index, PyObject* mapping) {
   Bound& bound = bound_[index];
   Tensor& tensor = plan_.tensors[index];
   if (!bound.bound) return false;
@@ -228,17 +234,19 @@ bool StepPlan::still_valid(int index) {
   if (Py_TYPE(bound.grad.ptr()) != bound.grad_type || !reader_.read(bound.grad.ptr(), &view) || !view.on_cpu ||
       !bound.grad_signature.matches(view))
     return false;
-  if (bound.check_bits && (flag(bound.grad.ptr(), "is_conj") || flag(bound.grad.ptr(), "is_neg"))) return false;
+  static PyObject* is_neg = interned("is_neg");
+  static PyObject* is_conj = interned("is_conj");
+  if (bound.may_be_lazy && (flag(bound.grad.ptr(), is_neg) || flag(bound.grad.ptr(), is_conj))) return false;
   void* grad_data = view.data;
 
   bound.footprint.grad = reinterpret_cast<const char*>(view.sizes) - sizes_offset_;
   bound.footprint.grad_object = reinterpret_cast<const char*>(bound.grad.ptr());
-  if (!states_trusted_ && !states_still_valid(bound)) return false;
+  if (!states_trusted_ && !states_still_valid(bound, mapping)) return false;
   tensor.columns[kGrad].data = grad_data;
   return true;
 }
 
-bool StepPlan::states_still_valid(const Bound& bound) {
+bool StepPlan::states_still_valid(const Bound& bound, PyObject* mapping) {
   // Referred to by the optimizer's state and by the plan: anyone else may change it unseen.
   const auto shared = [](const py::object& object) { return Py_REFCNT(object.ptr()) > 2; };
   TensorView view;
@@ -248,7 +256,11 @@ bool StepPlan::states_still_valid(const Bound& bound) {
            view.data == data;
   };
   const Group& group = groups_[bound.group];
-  if (!group.state_keys.empty() || bound.step_data != nullptr) states_shared_ = states_shared_ || shared(bound.state);
+  if (group.state_keys.empty() && bound.step_data == nullptr) return true;
+  states_shared_ = states_shared_ || shared(bound.state);
+  PyObject* entry = PyDict_GetItemWithError(mapping, bound.param.ptr());
+  if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  if (entry != bound.state.ptr()) return false;
   for (size_t k = 0; k < group.state_keys.size(); ++k)
     if (!valid(group.state_keys[k], bound.states[k], bound.state_data[k])) return false;
   static const py::object step_name = py::reinterpret_steal<py::object>(interned("step"));
@@ -273,15 +285,14 @@ void StepPlan::prefetch(size_t index) const {
 py::object StepPlan::refresh(const py::list& param_groups, const py::dict& attributes, bool touched) {
   if (!same_structure(param_groups)) return py::none();
   for (Group& group : groups_) read_hyper(group);
-  states_trusted_ = !touched && !states_shared_;
-  if (!states_trusted_) {
-    PyObject* state = PyDict_GetItemString(attributes.ptr(), "state");
+  PyObject* mapping = PyDict_GetItemString(attributes.ptr(), "state");
+  SL_CHECK(mapping != nullptr && PyDict_Check(mapping), "the optimizer's state is no dict");
+  if (touched) states_trusted_ = false;
 #if defined(Py_GIL_DISABLED)
-    states_shared_ = true;  // reference counts say nothing there
+  states_shared_ = true;  // reference counts say nothing there
 #else
-    states_shared_ = state == nullptr || Py_REFCNT(state) > 1;
+  states_shared_ = Py_REFCNT(mapping) > 1;
 #endif
-  }
   py::list stale;
   constexpr size_t kAhead = 6;
   for (size_t i = 0; i < bound_.size(); ++i) {
@@ -296,12 +307,23 @@ py::object StepPlan::refresh(const py::list& param_groups, const py::dict& attri
       plan_.active[i] = works;
       stale_schedule_ = true;
     }
-    if (works && !still_valid(static_cast<int>(i))) stale.append(i);
+    if (works && !still_valid(static_cast<int>(i), mapping)) stale.append(i);
     // States of a parameter that sits this step out are vouched for too.
-    if (!works && bound.bound && !states_trusted_ && !states_still_valid(bound)) bound.bound = false;
+    if (!works && bound.bound && !states_trusted_ && !states_still_valid(bound, mapping)) bound.bound = false;
   }
-  if (!stale.empty()) states_shared_ = true;
+  if (!touched && !states_trusted_) states_trusted_ = stale.empty() && !states_shared_ && !memory_shared();
   return stale;
+}
+
+bool StepPlan::memory_shared() const {
+  py::list tensors;
+  for (const Bound& bound : bound_) {
+    if (!bound.bound) continue;
+    for (const py::object& state : bound.states)
+      if (state) tensors.append(state);
+    if (bound.step_data != nullptr) tensors.append(bound.step);
+  }
+  return shares_memory_(tensors).cast<bool>();
 }
 
 void StepPlan::bind(int index, const py::object& grad, const py::object& state, const py::object& step, bool timed,
@@ -347,10 +369,10 @@ void StepPlan::bind(int index, const py::object& grad, const py::object& state, 
   bound.state = state;
   bound.param_signature.assign(views[0]);
   bound.grad_signature.assign(views[1]);
-  bound.check_bits =
-      views[1].complex || views[1].ndim == 0 || !is_contiguous(views[1]) || count_elements(views[1]) == 1;
+  bound.may_be_lazy = views[1].complex || count_elements(views[1]) == 1 || !is_contiguous(views[1]);
   bound.timed = timed;
   bound.fresh = fresh;
+  for (py::object& kept : bound.states) kept = py::object();
   for (size_t k = 0; k < group.state_keys.size(); ++k) {
     bound.states[k] = state[group.state_keys[k]];
     bound.state_data[k] = views[kState + k].data;

@@ -46,7 +46,8 @@ class TensorReader {
 
 class StepPlan {
  public:
-  StepPlan(py::object exchange, py::object describe);
+  // shares_memory: list of tensors -> whether anything else holds on to the memory of one of them.
+  StepPlan(py::object exchange, py::object describe, py::object shares_memory);
 
   // Forgets everything, then takes over the groups: a list of (param_group, rule name, watched keys).
   void reset(const py::list& groups);
@@ -55,9 +56,9 @@ class StepPlan {
   // those of reset(). Else the indices that bind() must be called for, counting through all groups.
   //
   // Reading the states costs more than all the rest, so they are trusted while nobody can have changed them:
-  // `touched` says whether anyone has asked the optimizer for its state since the last refresh(), and the last
-  // look at the states has found no reference to any of them outside the optimizer. `attributes` is the
-  // optimizer's __dict__.
+  // `touched` says whether anyone has asked the optimizer for its state since the last refresh(). Once nobody
+  // has, and nobody outside holds a reference to a state or to its memory, none is looked at again until
+  // somebody asks. `attributes` is the optimizer's __dict__.
   py::object refresh(const py::list& param_groups, const py::dict& attributes, bool touched);
 
   // Binds parameter `index`. `state` is its state dict, `step` its step tensor or None; `timed`: the rule
@@ -86,6 +87,8 @@ class StepPlan {
   void set_isa(const std::string& isa);
   std::string isa() const { return kernels_->isa; }
   bool has_exchange() const { return reader_.has_exchange(); }
+  // Whether the last refresh() took the states as they were.
+  bool trusts_states() const { return states_trusted_; }
 
  private:
   // Dtype, sizes and strides of a tensor, kept in place: revalidation is bound by cache misses.
@@ -122,8 +125,10 @@ class StepPlan {
     bool bound = false;
     bool skipped = false;
     bool timed = false;
-    bool fresh = false;       // the next step is the first with these states
-    bool check_bits = false;  // the gradient could carry a conjugate or negative bit
+    bool fresh = false;  // the next step is the first with these states
+    // The gradient may carry a conjugate or negative bit: torch sets them on complex tensors and on their
+    // imaginary parts, which are never contiguous.
+    bool may_be_lazy = false;
     bool active = false;
   };
 
@@ -137,22 +142,24 @@ class StepPlan {
 
   bool same_structure(const py::list& param_groups) const;
   void read_hyper(Group& group);
-  bool still_valid(int index);
-  bool states_still_valid(const Bound& bound);
+  bool still_valid(int index, PyObject* mapping);
+  bool states_still_valid(const Bound& bound, PyObject* mapping);
+  bool memory_shared() const;
   void prefetch(size_t index) const;
   py::list written();
   void prepare();
 
   TensorReader reader_;
   const CpuKernels* kernels_;
+  py::object shares_memory_;
   Plan plan_;
   std::vector<Bound> bound_;
   std::vector<Group> groups_;
   py::object written_;
   bool stale_schedule_ = true;
-  bool states_shared_ = true;    // somebody else may hold a reference to a state
-  bool states_trusted_ = false;  // for the refresh() in progress
-  ptrdiff_t sizes_offset_ = 0;   // of the sizes in torch's record of a tensor
+  bool states_trusted_ = false;
+  bool states_shared_ = false;  // found in the refresh() in progress: somebody else holds a reference to a state
+  ptrdiff_t sizes_offset_ = 0;  // of the sizes in torch's record of a tensor
 };
 
 }  // namespace stepladder

@@ -103,6 +103,67 @@ def test_notices(change):
         assert_same(ours, theirs)
 
 
+def hold_tensor(optimizer, p):
+    moment = optimizer.state[p]["exp_avg"]
+
+    def swap():
+        moment.data = moment.data.clone()
+
+    return swap
+
+
+def hold_entry(optimizer, p):
+    entry = optimizer.state[p]
+    return lambda: entry.update(exp_avg=entry["exp_avg"].clone())
+
+
+def hold_state(optimizer, p):
+    state = optimizer.state
+    return lambda: state[p].update(step=state[p]["step"] + 5)
+
+
+def hold_checkpoint(optimizer, p):
+    saved = optimizer.state_dict()["state"]
+    return lambda: saved[0].update(exp_avg_sq=saved[0]["exp_avg_sq"] * 2)
+
+
+@pytest.mark.parametrize("hold", [hold_tensor, hold_entry, hold_state, hold_checkpoint])
+def test_notices_changes_through_references_held_since_long(hold):
+    """States are trusted only while nobody holds a reference to them: here somebody does, and uses it later."""
+    (p,), (q,) = twins([torch.randn(8, 8)])
+    ours, theirs = sl.AdamW([p]), sl.AdamW([q], backend="reference")
+    changes = None
+    for step in range(8):
+        p.grad = torch.randn(8, 8)
+        q.grad = p.grad.clone()
+        if step == 2:
+            changes = hold(ours, p), hold(theirs, q)
+        if step == 6:
+            for change in changes:
+                change()
+        ours.step()
+        theirs.step()
+    assert_same(ours, theirs)
+
+
+def test_states_are_trusted_while_nobody_holds_them():
+    """The steady state of training does not read the states; asking for them once does not end it."""
+    params = graded(torch.randn(5), torch.randn(6))
+    unused = torch.nn.Parameter(torch.zeros(3))
+    optimizer = sl.AdamW([*params, unused])
+    for _ in range(4):
+        optimizer.step()
+    assert not optimizer._state_touched
+    assert optimizer._engine.plan.trusts_states
+    assert optimizer.state[params[0]]["step"] == 4
+    assert optimizer._state_touched
+    optimizer.step()
+    assert not optimizer._engine.plan.trusts_states
+    optimizer.step()
+    optimizer.step()
+    assert optimizer._engine.plan.trusts_states
+
+
 def test_groups_changed_by_hand():
     params = graded(*(torch.randn(6) for _ in range(4)))
     optimizer = sl.AdamW(params[:2])
@@ -245,7 +306,7 @@ def test_one_gradient_for_two_parameters():
 
 def test_without_the_exchange_table(monkeypatch):
     """A torch without DLPack's exchange table is read through Python attributes, with the same results."""
-    monkeypatch.setattr(engine, "new_plan", lambda: _C.StepPlan(None, engine.describe))
+    monkeypatch.setattr(engine, "new_plan", lambda: _C.StepPlan(None, engine.describe, engine.shares_memory))
     tensors = [torch.randn(30), torch.randn(4, 5).t(), torch.randn(9).bfloat16(), torch.randn(3, dtype=torch.complex64)]
     p, q = twins(tensors)
     ours = sl.AdamW(p, backend="cpu")

@@ -34,6 +34,7 @@ class Adagrad(Optimizer):
     Paper: Duchi, Hazan & Singer, Adaptive Subgradient Methods, JMLR 2011.
     """
 
+    rules = ("adagrad",)
     timed = True
 
     def __init__(  # type: ignore[misc]  # a name that options has too

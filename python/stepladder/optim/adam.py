@@ -41,6 +41,7 @@ class Adam(Optimizer):
     Papers: Kingma & Ba, arXiv:1412.6980; Reddi, Kale & Kumar, ICLR 2018 (AMSGrad).
     """
 
+    rules = ("adam", "adam_amsgrad", "adamw", "adamw_amsgrad")
     choosing = ("amsgrad", "decoupled_weight_decay")
     timed = True
 

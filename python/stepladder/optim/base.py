@@ -60,7 +60,9 @@ class Optimizer(WatchedState, torch.optim.Optimizer):  # type: ignore[misc]  # s
     choose it; everything else is here.
     """
 
-    # Group keys whose values choose the rule.
+    # The names in rules.def of the rules that a group may follow.
+    rules: ClassVar[tuple[str, ...]]
+    # Group keys whose values choose among them.
     choosing: ClassVar[tuple[str, ...]] = ()
     # Whether the state has a step count, as torch's optimizer of that name has.
     timed: ClassVar[bool] = False
@@ -80,7 +82,9 @@ class Optimizer(WatchedState, torch.optim.Optimizer):  # type: ignore[misc]  # s
         backends.check_available(backend)
         if max_norm is not None and not 0.0 < float(max_norm) < math.inf:
             raise ValueError(f"max_norm={max_norm} is out of range, expected None or a finite number above 0")
-        defaults = defaults | {key: value for key, value in options.items() if key in _GROUP_OPTIONS and value}
+        for key, value in options.items():
+            if key in _GROUP_OPTIONS and (key in defaults or (value is not None and value is not False)):
+                defaults[key] = value
         if defaults.get("stochastic_rounding") and "seed" not in defaults:
             defaults["seed"] = torch.initial_seed() % 2**64
         type(self).check(defaults)
@@ -172,6 +176,8 @@ class Optimizer(WatchedState, torch.optim.Optimizer):  # type: ignore[misc]  # s
                 f"{len(saved_groups)}, this optimizer has {len(groups)}"
             )
         for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+            if not isinstance(saved, dict) or "params" not in saved:
+                raise ValueError(f"group {index} of the loaded state dict lacks 'params': {saved!r}")
             if len(group["params"]) != len(saved["params"]):
                 raise ValueError(
                     "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "

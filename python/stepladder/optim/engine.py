@@ -6,6 +6,7 @@ that are new or have changed. All of them are checked before the first state is 
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,22 @@ def describe(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], str
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, tensor.device.type == "cpu"
 
 
+def _holders(tensor: Tensor) -> tuple[int, int]:
+    """References to a tensor's storage object, and to its memory: views, other tensors, that object."""
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
+
+
+_SOLE_HOLDERS = _holders(torch.zeros(1))
+
+
+def shares_memory(tensors: list[Tensor]) -> bool:
+    """Whether anything but the tensors themselves holds on to the memory of one of them."""
+    return any(_holders(tensor) != _SOLE_HOLDERS for tensor in tensors)
+
+
 def new_plan() -> _C.StepPlan:
-    return _C.StepPlan(getattr(Tensor, "__dlpack_c_exchange_api__", None), describe)
+    return _C.StepPlan(getattr(Tensor, "__dlpack_c_exchange_api__", None), describe, shares_memory)
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -182,7 +197,8 @@ class Engine:
             stale = self._refresh(optimizer)
             if stale is None:
                 self._reset(optimizer)
-                stale = self._refresh(optimizer) or []
+                stale = self._refresh(optimizer)
+            assert stale is not None, "the groups changed during the step"
             if stale or self._referred:
                 self._bind(optimizer, stale)
             factor = 1.0
@@ -198,10 +214,21 @@ class Engine:
     def _refresh(self, optimizer: torch.optim.Optimizer) -> list[int] | None:
         touched = optimizer._state_touched  # type: ignore[attr-defined]
         optimizer._state_touched = False  # type: ignore[attr-defined]
-        return self.plan.refresh(optimizer.param_groups, optimizer.__dict__, touched)
+        try:
+            return self.plan.refresh(optimizer.param_groups, optimizer.__dict__, touched)
+        except (TypeError, ValueError, KeyError, RuntimeError):
+            # A hyper-parameter that is no number: the checks find it and have the better words.
+            optimizer._state_touched = True  # type: ignore[attr-defined]
+            for group in optimizer.param_groups:
+                self.family.check(group)
+            raise
 
     def _reset(self, optimizer: torch.optim.Optimizer) -> None:
         family = self.family
+        for index, group in enumerate(optimizer.param_groups):
+            if not isinstance(group["params"], (list, tuple)):
+                raise TypeError(f"params of group {index} are a {type(group['params']).__name__}, expected a list")
+            family.check(group)
         watched = (*family.choosing, "maximize", "state_dtype", "stochastic_rounding", "seed", "capturable")
         self.plan.reset([(group, family.rule(group), watched) for group in optimizer.param_groups])
         self._places = [(g, i) for g, group in enumerate(optimizer.param_groups) for i in range(len(group["params"]))]

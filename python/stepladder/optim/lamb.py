@@ -30,6 +30,7 @@ class LAMB(Optimizer):
     Paper: You et al., Large Batch Optimization for Deep Learning, arXiv:1904.00962.
     """
 
+    rules = ("lamb",)
     timed = True
     complex_parameters = False
 

@@ -31,6 +31,7 @@ class LARS(Optimizer):
     Paper: You, Gitman & Ginsburg, arXiv:1708.03888.
     """
 
+    rules = ("lars",)
     complex_parameters = False
 
     def __init__(

@@ -29,6 +29,7 @@ class Lion(Optimizer):
     Paper: Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv:2302.06675.
     """
 
+    rules = ("lion",)
     complex_parameters = False
 
     def __init__(

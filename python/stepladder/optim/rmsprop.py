@@ -36,6 +36,7 @@ class RMSprop(Optimizer):
     Papers: Tieleman & Hinton, Coursera lecture 6.5, 2012; Graves, arXiv:1308.0850 (centered).
     """
 
+    rules = ("rmsprop", "rmsprop_momentum", "rmsprop_centered", "rmsprop_centered_momentum")
     choosing = ("momentum", "centered")
     timed = True
     late_keys = frozenset({"momentum"})

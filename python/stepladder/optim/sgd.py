@@ -31,6 +31,7 @@ class SGD(Optimizer):
     Papers: Robbins & Monro 1951; Polyak 1964; Sutskever, Martens, Dahl & Hinton 2013.
     """
 
+    rules = ("sgd", "momentum")
     choosing = ("momentum",)
     optional_states = frozenset({"momentum_buffer"})
     late_keys = frozenset({"nesterov"})

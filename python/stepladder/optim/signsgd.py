@@ -30,6 +30,7 @@ class SignSGD(Optimizer):
     Paper: Bernstein, Wang, Azizzadenesheli & Anandkumar, arXiv:1802.04434.
     """
 
+    rules = ("signsgd", "signum")
     choosing = ("momentum",)
     optional_states = frozenset({"exp_avg"})
     complex_parameters = False

@@ -33,7 +33,7 @@ def has_step(family: type[Optimizer], group: Group) -> bool:
 def new_step(value: float = 0.0) -> Tensor:
     """A step count as torch keeps it: a CPU scalar, float32 unless the default dtype is float64."""
     wide = torch.get_default_dtype() == torch.float64
-    return torch.tensor(value, dtype=torch.float64 if wide else torch.float32)
+    return torch.tensor(value, dtype=torch.float64 if wide else torch.float32, device="cpu")
 
 
 def missing_states(family: type[Optimizer], state: dict[str, Any], group: Group) -> list[str]:
@@ -115,7 +115,7 @@ def checked_state(family: type[Optimizer], index: Any, entry: Any, param: Tensor
     if not isinstance(entry, dict):
         raise TypeError(f"the state of {where} is a {type(entry).__name__}, expected a dict")
     entry = {name: value for name, value in entry.items() if value is not None}
-    known = {"step", *RULES[family.rule(group)]["states"]}
+    known = {"step", *(name for rule in family.rules for name in RULES[rule]["states"])}
     if unknown := sorted(map(str, set(entry) - known)):
         raise ValueError(f"the state of {where} has unknown {', '.join(map(repr, unknown))}: expected {sorted(known)}")
     check_complete(family, entry, group, where)
