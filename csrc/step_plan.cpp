@@ -113,8 +113,10 @@ void set_layout(Tensor& tensor, const std::vector<TensorView>& views) {
   }
 }
 
-double read_step(const void* data, bool is_double) {
-  return is_double ? *static_cast<const double*>(data) : static_cast<double>(*static_cast<const float*>(data));
+// Adds one to a step count; returns the new one.
+int64_t count_step(void* data, bool is_double) {
+  if (is_double) return static_cast<int64_t>(*static_cast<double*>(data) += 1.0);
+  return static_cast<int64_t>(*static_cast<float*>(data) += 1.0f);
 }
 
 }  // namespace
@@ -482,14 +484,15 @@ void StepPlan::run(const py::object& inverse_scale, double clip_factor, int thre
   int64_t previous_time = 0;
   for (size_t i = 0; i < bound_.size(); ++i) {
     if (!plan_.active[i]) continue;
-    const Bound& bound = bound_[i];
-    const int64_t count =
-        bound.step_data == nullptr ? 0 : static_cast<int64_t>(read_step(bound.step_data, bound.step_is_double)) + 1;
+    Bound& bound = bound_[i];
+    // Counted here, one after another: a parameter that is listed twice steps twice.
+    const int64_t count = bound.step_data == nullptr ? 0 : count_step(bound.step_data, bound.step_is_double);
     const int64_t time = bound.timed ? count : bound.fresh ? 1 : 2;
     const bool same = previous >= 0 && bound_[previous].group == bound.group && previous_time == time &&
                       plan_.tensors[previous].arithmetic == plan_.tensors[i].arithmetic;
     plan_.set_scalars(static_cast<int>(i), groups_[bound.group].hyper, time, same ? previous : -1);
     plan_.tensors[i].step = static_cast<uint32_t>(count);
+    bound.fresh = false;
     previous = static_cast<int>(i);
     previous_time = time;
   }
@@ -501,17 +504,6 @@ void StepPlan::run(const py::object& inverse_scale, double clip_factor, int thre
   });
   PyEval_RestoreThread(thread);
   if (PyErr_Occurred()) throw py::error_already_set();
-  for (size_t i = 0; i < bound_.size(); ++i) {
-    if (!plan_.active[i]) continue;
-    Bound& bound = bound_[i];
-    bound.fresh = false;
-    if (bound.step_data == nullptr) continue;
-    if (bound.step_is_double) {
-      *static_cast<double*>(bound.step_data) += 1.0;
-    } else {
-      *static_cast<float*>(bound.step_data) += 1.0f;
-    }
-  }
 }
 
 py::list StepPlan::written() {

@@ -16,7 +16,7 @@ from stepladder.optim.engine import Engine, WatchedState
 T = TypeVar("T", bound=torch.optim.Optimizer)
 
 
-class Accelerated(WatchedState, torch.optim.Optimizer):  # type: ignore[misc]  # state is a property here
+class Accelerated(WatchedState, torch.optim.Optimizer):
     """What accelerate() puts in front of a torch.optim class; all but step() stays that class's own."""
 
     _family: type[Optimizer]

@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
 _GROUP_OPTIONS = ("state_dtype", "stochastic_rounding", "seed", "foreach", "fused", "differentiable", "capturable")
 
 
-class Optimizer(WatchedState, torch.optim.Optimizer):  # type: ignore[misc]  # state is a property here
+class Optimizer(WatchedState, torch.optim.Optimizer):
     """A torch optimizer whose step is one call into the kernels, for all groups together.
 
     A subclass says which rule of csrc/rules/rules.def a group follows and which of its hyper-parameters

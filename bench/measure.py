@@ -1,0 +1,244 @@
+"""Times one case: all contenders step the same parameters, in turns, in one process.
+
+They share parameters and gradients, and torch's forms their states too: the same pages and alignment, and less
+memory. Ours are its own, as it need not look at states that nobody else holds. Values are checked in check.py.
+In each round every contender has one turn, in a new random order, so that what else the machine does falls on
+all of them alike, and ratios are taken within a round. A set that fits into caches is timed warm: each turn
+begins with a step that is not timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter, perf_counter_ns
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Parameter
+
+from stepladder.bench.cases import Case
+from stepladder.bench.rivals import Rival
+from stepladder.bench.shapes import Shapes
+from stepladder.bench.workload import Source, make_parameters
+
+OURS = "stepladder"
+YARDSTICK = "a += b"
+# So small that thousands of steps along the same gradients leave the values where they are.
+LEARNING_RATE = 1e-4
+# Up to this much memory a set counts as cached, in bytes.
+CACHED = 2**26
+YARDSTICK_MOST = 2**29
+MOST_ROUNDS = 500
+
+Milliseconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure.
+
+    Attributes:
+        seconds: Rounds are added to a case until it has taken this long.
+        rounds: At least so many, whatever they take: for sets that fit into caches, and for larger ones.
+        fresh_grads: Reallocate the gradients before each step, untimed, as zero_grad's set_to_none makes it happen.
+    """
+
+    seconds: float = 3.0
+    rounds: tuple[int, int] = (15, 5)
+    fresh_grads: bool = False
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured.
+
+    Attributes:
+        steps: Milliseconds of a step in each round, by contender; YARDSTICK is one of them.
+        host: Milliseconds of our step outside the plan's norm and run.
+        moved: Bytes that a step must move: parameter, gradient and states read, parameter and states written.
+        yardstick_moved: Bytes that the yardstick moves.
+    """
+
+    steps: dict[str, Milliseconds]
+    host: Milliseconds
+    moved: int
+    yardstick_moved: int
+
+
+class Contenders:
+    """The optimizers of a case on one set of parameters.
+
+    Args:
+        case: The optimizer.
+        shapes: Of the parameters.
+        dtype: Of parameters, gradients and states.
+        rivals: To be put beside ours.
+        writers: Names of those whose step changes the gradients: they get fresh ones at each step.
+        fresh_grads: Everyone gets fresh ones.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        shapes: Shapes,
+        dtype: torch.dtype,
+        rivals: Sequence[Rival],
+        writers: Collection[str] = (),
+        fresh_grads: bool = False,
+    ) -> None:
+        self.params = make_parameters(shapes, dtype)
+        self._gradients = [p.grad for p in self.params]
+        self._states = case.states
+        options = case.options | {"lr": LEARNING_RATE}
+        self.ours = case.ours(self.params, **options)
+        self.ours.step()
+        self.optimizers: dict[str, torch.optim.Optimizer] = {OURS: self.ours}
+        shared = None
+        for rival in rivals:
+            optimizer = rival.make(self.params, **options)
+            if rival.shares_states:
+                shared = optimizer.state = optimizer.state if shared is None else shared
+            self.optimizers[rival.name] = optimizer
+        self._fresh = set(self.optimizers) if fresh_grads else set(writers)
+
+    def prepare(self, name: str) -> None:
+        """Give every parameter the gradient that this contender's next step finds."""
+        fresh = name in self._fresh
+        for param, gradient in zip(self.params, self._gradients, strict=True):
+            assert gradient is not None
+            if fresh:
+                param.grad = gradient.clone()
+            elif param.grad is not gradient:
+                param.grad = gradient
+
+    def step(self, name: str) -> float:
+        """One step; returns what it took, in milliseconds."""
+        self.prepare(name)
+        return _timed(self.optimizers[name].step)
+
+    def tensors(self) -> Iterator[tuple[Parameter, list[Tensor]]]:
+        """Each parameter with our states of it."""
+        for param in self.params:
+            yield param, [self.ours.state[param][name] for name in self._states]
+
+
+class Yardstick:
+    """`a += b` on float32, over as much memory as a step touches, up to half a GiB.
+
+    It reads two numbers for each that it writes in place, as a step without state does, so that no write costs
+    the extra read that a copy's does.
+    """
+
+    def __init__(self, touched: int) -> None:
+        n = max(1, min(touched, YARDSTICK_MOST) // 8)
+        source = Source()
+        self._a, self._b = (source.tensor((n,), torch.float32) for _ in range(2))
+        self.moved = 12 * n
+
+    def step(self) -> float:
+        return _timed(lambda: self._a.add_(self._b, alpha=LEARNING_RATE))
+
+
+def measure(
+    case: Case,
+    shapes: Shapes,
+    dtype: torch.dtype,
+    rivals: Sequence[Rival],
+    writers: Collection[str],
+    settings: Settings,
+) -> Timing:
+    """Time ours, the rivals and the yardstick; arguments as of `Contenders`."""
+    contenders = Contenders(case, shapes, dtype, rivals, writers, settings.fresh_grads)
+    moved = touched = 0
+    for param, states in contenders.tensors():
+        held = param.nbytes + sum(state.nbytes for state in states)
+        moved += 2 * held + param.nbytes
+        touched += held + param.nbytes
+    yardstick = Yardstick(touched)
+    cached = touched <= CACHED
+    least = settings.rounds[0 if cached else 1]
+
+    def turn(name: str) -> float:
+        step = yardstick.step if name == YARDSTICK else lambda: contenders.step(name)
+        if cached:
+            step()
+        return step()
+
+    names = [*contenders.optimizers, YARDSTICK]
+    steps: dict[str, list[float]] = {name: [] for name in names}
+    order, shuffle = list(names), random.Random(0).shuffle
+    for name in names:
+        turn(name)
+    with _no_collection():
+        begin = perf_counter()
+        rounds = 0
+        while rounds < least or (rounds < MOST_ROUNDS and perf_counter() - begin < settings.seconds):
+            shuffle(order)
+            for name in order:
+                steps[name].append(turn(name))
+            rounds += 1
+        host = _host(contenders, least)
+    return Timing({name: np.array(times) for name, times in steps.items()}, host, moved, yardstick.moved)
+
+
+class _Clock:
+    """Stands before our plan and adds up the time inside its norm and run."""
+
+    def __init__(self, plan: Any) -> None:
+        self._plan = plan
+        self.inside = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plan, name)
+
+    def norm(self, *args: Any) -> Any:
+        return self._count(self._plan.norm, args)
+
+    def run(self, *args: Any) -> Any:
+        return self._count(self._plan.run, args)
+
+    def _count(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        begin = perf_counter_ns()
+        result = function(*args)
+        self.inside += (perf_counter_ns() - begin) / 1e6
+        return result
+
+
+def _host(contenders: Contenders, steps: int) -> Milliseconds:
+    """Our step less the time in its kernels, in a pass of its own so that the clock slows no timed step.
+
+    What run() itself does for each parameter (scalars, step counts, versions) counts as theirs.
+    """
+    engine: Any = contenders.ours._engine
+    plan = engine.plan
+    outside = []
+    try:
+        for _ in range(steps):
+            engine.plan = clock = _Clock(plan)
+            outside.append(contenders.step(OURS) - clock.inside)
+    finally:
+        engine.plan = plan
+    return np.array(outside)
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    begin = perf_counter_ns()
+    function()
+    return (perf_counter_ns() - begin) / 1e6
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

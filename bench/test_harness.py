@@ -1,0 +1,178 @@
+"""What the benchmark promises: real shapes, a check that can fail, no number without it, reasons for gaps."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+import stepladder as sl
+from stepladder.bench import cli, rivals
+from stepladder.bench.cases import CASES, DTYPES
+from stepladder.bench.check import TENSOR_ELEMENTS, TOTAL_ELEMENTS, check, sample
+from stepladder.bench.measure import OURS, YARDSTICK, Contenders, Settings, measure
+from stepladder.bench.results import fit, run
+from stepladder.bench.rivals import Other, Rival, names_of, rivals_of
+from stepladder.bench.shapes import SETS, elements
+
+SHAPES = [(40, 30), (7,), (1,), (5000,)]
+QUICK = Settings(0.0, (2, 2))
+
+
+class OwnStep(sl.AdamW):
+    """Its kernels and its reference disagree: only the former have another ε."""
+
+    def __init__(self, params: Any, backend: str | None = None, **options: Any) -> None:
+        super().__init__(params, backend=backend, **options | ({} if backend else {"eps": 1e-4}))
+
+
+class OwnRule(sl.AdamW):
+    """Kernels and reference agree on a rule that is not AdamW."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options | {"betas": (0.8, 0.999)})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "count"),
+    [
+        ("gpt2", 148, 124_439_808),
+        ("resnet50", 161, 25_557_032),
+        ("vit-b16", 152, 86_567_656),
+        ("llama-1b", 146, 1_235_814_400),
+        ("1000x768", 1000, 768_000),
+        ("400x4096", 400, 1_638_400),
+        ("48x1M", 48, 48 * 2**20),
+    ],
+)
+def test_shape_sets_have_the_models_parameters(name: str, tensors: int, count: int) -> None:
+    shapes = SETS[name]()
+    assert (len(shapes), elements(shapes)) == (tensors, count)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_sample_has_every_kind_of_tensor(name: str) -> None:
+    shapes, taken = SETS[name](), sample(SETS[name]())
+    assert {shape[1:] for shape in taken} == {shape[1:] for shape in shapes}
+    assert all(shape[0] == 1 or elements([shape]) <= TENSOR_ELEMENTS for shape in taken)
+    assert len(taken) == len(shapes) or elements(taken) > TOTAL_ELEMENTS - TENSOR_ELEMENTS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_green(name: str, dtype: str) -> None:
+    found, _ = rivals_of(CASES[name], ["loop", "foreach"])
+    verdict = check(CASES[name], SHAPES, DTYPES[dtype], found)
+    assert verdict.red is None
+    assert verdict.wrong == {}
+
+
+@pytest.mark.parametrize(("cls", "message"), [(OwnStep, "differ from the reference"), (OwnRule, "torch's loop form")])
+def test_red_check_gives_no_number(
+    cls: type[sl.AdamW], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CASES, "adamw", replace(CASES["adamw"], ours=cls))
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}
+    options = [f"--{kind}={file}" for kind, file in files.items()]
+    done = CliRunner().invoke(
+        cli.bench, ["--quick", "--optimizer=adamw", "--dtype=fp32", "--shapes=400x4096", *options]
+    )
+    assert done.exit_code == 1
+    assert "RED" in done.output
+    assert message in done.output
+    (row,) = json.loads(files["json"].read_text())["results"]
+    assert message in row["red"]
+    assert row["milliseconds"] == row["ratios"] == {}
+    (line,) = csv.DictReader(files["csv"].open())
+    assert (line["check"], line["ms_median"]) == ("red", "")
+
+
+def test_wrong_and_failing_rivals_have_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        rivals,
+        "OTHERS",
+        (
+            Other("timm", "adamw", "torch.optim:NAdam"),
+            Other("deepspeed", "adamw", "torch.optim:LBFGS"),
+            Other("lion-pytorch", "adamw", "no_such_package:AdamW"),
+        ),
+    )
+    result = run(CASES["adamw"], "400x4096", "fp32", ["timm", "deepspeed", "lion-pytorch", "foreach"], QUICK)
+    assert set(result.milliseconds) == {OURS, "foreach"}
+    assert set(result.ratios) == {"foreach"}
+    assert "values differ from ours" in result.absent["timm"]
+    assert "TypeError" in result.absent["deepspeed"]
+    assert result.absent["lion-pytorch"] == "not installed"
+
+
+def test_command_writes_a_row_for_each_contender(tmp_path: Path) -> None:
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}
+    options = [f"--{kind}={file}" for kind, file in files.items()]
+    done = CliRunner().invoke(
+        cli.bench, ["--quick", "--optimizer=rmsprop", "--dtype=fp32", "--shapes=400x4096", *options]
+    )
+    assert done.exit_code == 0, done.output
+    assert "same bits" in done.output
+    written = json.loads(files["json"].read_text())
+    (result,) = written["results"]
+    assert set(result["milliseconds"]) == {OURS, "loop", "foreach"}
+    assert result["absent"] == {"fused": "torch.optim.RMSprop has no fused form"}
+    rows = {row["contender"]: row for row in csv.DictReader(files["csv"].open())}
+    assert set(rows) == {OURS, "loop", "foreach", "fused"}
+    for name in (OURS, "loop", "foreach"):
+        assert float(rows[name]["ms_p20"]) <= float(rows[name]["ms_median"]) <= float(rows[name]["ms_p80"])
+        assert rows[name]["torch"] == written["machine"]["torch"] == torch.__version__
+    assert rows["fused"]["reason"] == result["absent"]["fused"]
+
+
+@pytest.mark.parametrize(("name", "bytes_each"), [("adamw", 28), ("lion", 20), ("sgd", 12), ("amsgrad", 36)])
+def test_bytes_moved(name: str, bytes_each: int) -> None:
+    timing = measure(CASES[name], SHAPES, torch.float32, [], [], QUICK)
+    assert timing.moved == bytes_each * elements(SHAPES)
+    assert set(timing.steps) == {OURS, YARDSTICK}
+    assert len(timing.steps[OURS]) == len(timing.host) == 2
+
+
+@pytest.mark.parametrize("fresh_grads", [False, True])
+def test_contenders_find_the_same_gradients(fresh_grads: bool) -> None:
+    found, _ = rivals_of(CASES["nesterov"], ["foreach", "fused"])
+    verdict = check(CASES["nesterov"], SHAPES, torch.float32, found)
+    assert verdict.writers == {"foreach"}
+    contenders = Contenders(CASES["nesterov"], SHAPES, torch.float32, found, verdict.writers, fresh_grads)
+    given = [p.grad for p in contenders.params]
+    before = [g.clone() for g in given if g is not None]
+    for name in ("foreach", "fused", OURS):
+        contenders.prepare(name)
+        now = [p.grad for p in contenders.params if p.grad is not None]
+        assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
+        moved = [a is not b for a, b in zip(now, given, strict=True)]
+        assert all(moved) if fresh_grads or name == "foreach" else not any(moved)
+        contenders.step(name)
+
+
+def test_short_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
+    result = run(CASES["adamw"], "llama-1b", "fp32", names_of(CASES["adamw"]), QUICK)
+    assert result.skipped is not None
+    assert result.skipped.startswith("needs 18.4 GiB of memory")
+    assert result.milliseconds == {}
+
+
+def test_rivals_without_room_are_left_out() -> None:
+    wide = Rival("wide", torch.optim.SGD, states=0, scratch=4)
+    forms = [Rival(name, torch.optim.Adam, states=2, shares_states=True) for name in ("loop", "fused")]
+    own = Rival("own", torch.optim.Adam, states=2)
+    taken, absent = fit([wide, *forms, own], column=2**30, room=3 * 2**30)
+    assert taken == forms
+    assert absent == {
+        "wide": "needs 4.0 GiB of memory beside ours, 3.0 GiB are free",
+        "own": "needs 4.0 GiB of memory beside ours, 3.0 GiB are free",
+    }
