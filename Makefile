@@ -26,8 +26,9 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[test]'
 	@touch $@
 
+# Passive: workers that spin between the many small steps would only slow a machine that is shared.
 test: build
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 bench: build
 	$(BIN)/stepladder bench

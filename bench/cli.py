@@ -28,7 +28,7 @@ DEFAULTS = {
 QUICK_SHAPES = ("1000x768", "400x4096")
 F = TypeVar("F", bound=Callable[..., Any])
 # Of a table that is not shown in a terminal, in characters.
-WIDTH = 160
+WIDTH = 140
 
 
 def _choice(flag: str, name: str, values: Iterable[str], default: str) -> Callable[[F], F]:
@@ -44,7 +44,9 @@ def _choice(flag: str, name: str, values: Iterable[str], default: str) -> Callab
 @_choice("--rival", "rivals", NAMES, "all that are installed")
 @click.option("--all", "everything", is_flag=True, help="Every optimizer, shape set and dtype, where none is named.")
 @click.option("--quick", is_flag=True, help="Three rounds of each case, and the two smallest sets: does it work?")
-@click.option("--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="For a case's rounds.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0), default=Settings.seconds, show_default=True, help="For a case's rounds."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Of torch and of our kernels. [default: torch's choice]")
 @click.option("--fresh-grads", is_flag=True, help="Reallocate the gradients before each step, outside of its time.")
 @click.option("--json", "json_file", type=click.File("w", atomic=True), help="Write everything that was measured.")

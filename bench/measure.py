@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import Parameter
 
 from stepladder.bench.cases import Case
 from stepladder.bench.rivals import Rival
@@ -50,7 +48,7 @@ class Settings:
         fresh_grads: Reallocate the gradients before each step, untimed, as zero_grad's set_to_none makes it happen.
     """
 
-    seconds: float = 3.0
+    seconds: float = 2.0
     rounds: tuple[int, int] = (15, 5)
     fresh_grads: bool = False
 
@@ -62,7 +60,7 @@ class Timing:
     Attributes:
         steps: Milliseconds of a step in each round, by contender; YARDSTICK is one of them.
         host: Milliseconds of our step outside the plan's norm and run.
-        moved: Bytes that a step must move: parameter, gradient and states read, parameter and states written.
+        moved: Bytes that our step must move.
         yardstick_moved: Bytes that the yardstick moves.
     """
 
@@ -123,10 +121,17 @@ class Contenders:
         self.prepare(name)
         return _timed(self.optimizers[name].step)
 
-    def tensors(self) -> Iterator[tuple[Parameter, list[Tensor]]]:
-        """Each parameter with our states of it."""
+    def sizes(self) -> tuple[int, int]:
+        """Bytes that our step must move, and bytes that it touches.
+
+        Moved are parameter, gradient and states as they are read, parameter and states as they are written.
+        """
+        moved = touched = 0
         for param in self.params:
-            yield param, [self.ours.state[param][name] for name in self._states]
+            held = param.nbytes + sum(self.ours.state[param][name].nbytes for name in self._states)
+            moved += 2 * held + param.nbytes
+            touched += held + param.nbytes
+        return moved, touched
 
 
 class Yardstick:
@@ -156,11 +161,7 @@ def measure(
 ) -> Timing:
     """Time ours, the rivals and the yardstick; arguments as of `Contenders`."""
     contenders = Contenders(case, shapes, dtype, rivals, writers, settings.fresh_grads)
-    moved = touched = 0
-    for param, states in contenders.tensors():
-        held = param.nbytes + sum(state.nbytes for state in states)
-        moved += 2 * held + param.nbytes
-        touched += held + param.nbytes
+    moved, touched = contenders.sizes()
     yardstick = Yardstick(touched)
     cached = touched <= CACHED
     least = settings.rounds[0 if cached else 1]

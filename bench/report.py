@@ -10,20 +10,22 @@ from itertools import groupby
 from typing import Any, TextIO
 
 import torch
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from stepladder.bench.measure import OURS, Settings
 from stepladder.bench.results import Quantiles, Result
-from stepladder.bench.rivals import ADAMW, NAMES
+from stepladder.bench.rivals import ADAMW, NAMES, NOT_INSTALLED
 
-GREEN = "same bits"
+GREEN = "ok"
 LEGEND = (
     "ms: median of our step, below it the quantiles 0.2 and 0.8. host: the part of it outside the kernels. "
-    "of a += b: our GB/s over those of that sum in torch, in the same rounds, over as much memory. "
-    "×: how many times longer a rival's step takes, ratios taken within rounds. "
-    "check: bits equal to the reference's, and values near torch's, or no number."
+    "share: our GB/s over those of torch's a += b in the same rounds, over as much memory. "
+    "×: how many times longer a rival's step takes, ratios taken within rounds; "
+    f"{ADAMW} is another rule, with more state. "
+    "check: ok where the bits are the reference's and the values near torch's, else there is no number."
 )
 
 
@@ -60,13 +62,18 @@ def tables(results: Sequence[Result]) -> Group:
     parts: list[RenderableType] = []
     for _, rows in groupby(results, key=lambda result: result.shapes):
         parts += [_table(list(rows)), Text()]
-    reasons = dict.fromkeys(
-        f"{name}: {reason}" if reason == "not installed" else f"{name}, {_label(result)}: {reason}"
-        for result in results
-        for name, reason in result.absent.items()
-    )
-    parts += [Text(reason, style="dim") for reason in reasons]
-    parts += [Text(f"{_label(r)}: check is RED: {r.red}", style="bold red") for r in results if r.red]
+    parts += [Text(f"{_label(r)}: the check is RED: {r.red}", style="bold red") for r in results if r.red]
+    parts += [Text(f"{_label(r)}: skipped, {r.skipped}") for r in results if r.skipped]
+    missing = {name: None for r in results for name, reason in r.absent.items() if reason == NOT_INSTALLED}
+    if missing:
+        parts.append(Text(f"{NOT_INSTALLED}: {', '.join(missing)}"))
+    reasons = {
+        f"{name}, {_label(r)}: {reason}": None
+        for r in results
+        for name, reason in r.absent.items()
+        if reason != NOT_INSTALLED
+    }
+    parts += [Text(reason) for reason in reasons]
     parts.append(Text(LEGEND, style="dim"))
     return Group(*parts)
 
@@ -75,17 +82,21 @@ def _table(results: list[Result]) -> Table:
     rivals = [name for name in NAMES if any(name in result.ratios for result in results)]
     first = results[0]
     table = Table(
-        title=f"{first.shapes}: {first.tensors} tensors, {first.elements / 1e6:.2f} M elements", title_justify="left"
+        title=f"{first.shapes}: {first.tensors} tensors, {first.elements / 1e6:.2f} M elements",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for column in ("optimizer", "dtype"):
-        table.add_column(column)
-    for column in ("ms", "host", "GB/s", "of a += b", *(f"× {name}" for name in rivals)):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=True)
+    for column in ("ms", "host", "GB/s", "share", *(f"× {name}" for name in rivals)):
+        table.add_column(column, justify="right", overflow="fold")
     table.add_column("check")
     for result in results:
         if result.skipped or result.red:
             blank = [""] * (4 + len(rivals))
-            state = Text("RED", style="bold red") if result.red else f"skipped: {result.skipped}"
+            state = Text("RED", style="bold red") if result.red else "skipped"
             table.add_row(result.optimizer, result.dtype, *blank, state)
             continue
         assert result.host is not None
@@ -155,7 +166,8 @@ def _csv_rows(result: Result) -> Iterator[dict[str, Any]]:
         return
     assert result.host is not None
     for name, times in result.milliseconds.items():
-        row = case | {"contender": name, "check": GREEN if name == OURS else "", "rounds": result.rounds}
+        state = GREEN if name == OURS else "another rule" if name == ADAMW else "near ours"
+        row = case | {"contender": name, "check": state, "rounds": result.rounds}
         row |= {f"ms_{key}": value for key, value in times._asdict().items()}
         if name == OURS:
             row |= {"host_ms": result.host.median, "gb_per_s": result.gigabytes_per_second}

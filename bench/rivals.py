@@ -81,6 +81,7 @@ _FORMS = {
 }
 # The loop's temporaries are one tensor's, foreach's are all tensors'.
 _SCRATCH = {"loop": 1, "foreach": 2, "fused": 0}
+NOT_INSTALLED = "not installed"
 # Of another rule with more state, for the rules that torch.optim lacks.
 ADAMW = "adamw-fused"
 NAMES = (*_FORMS, ADAMW, *dict.fromkeys(other.rival for other in OTHERS))
@@ -107,7 +108,7 @@ def rivals_of(case: Case, names: Collection[str] = NAMES) -> tuple[list[Rival], 
         except ModuleNotFoundError as error:
             missing = error.name or module
             absent[other.rival] = (
-                "not installed" if missing == module.partition(".")[0] else f"needs {missing}, which is not installed"
+                NOT_INSTALLED if missing == module.partition(".")[0] else f"needs {missing}, which is not installed"
             )
         except Exception as error:
             absent[other.rival] = f"{type(error).__name__}: {error}"

@@ -273,12 +273,16 @@ class Engine:
                 checked_step(state["step"], where)
             todo.append((index, param, group, backend, where))
 
+        created: set[Tensor] = set()
         for index, param, group, backend, where in todo:
             if param.grad.is_conj() or param.grad.is_neg():
                 param.grad = param.grad.resolve_conj().resolve_neg()
             stateful = has_step(family, group) or RULES[family.rule(group)]["states"]
             state = optimizer.state[param] if stateful else {}
-            fresh = create_state(family, state, param, group)
+            # A parameter that is listed twice has two first steps, as in torch.
+            fresh = create_state(family, state, param, group) or param in created
+            if fresh:
+                created.add(param)
             step = state.get("step") if has_step(family, group) else None
             if step is not None and not (
                 isinstance(step, Tensor)
