@@ -75,7 +75,7 @@ def bench(
         "shapes": shape_sets or (tuple(SETS) if everything else QUICK_SHAPES if quick else DEFAULTS["shapes"]),
         "dtype": dtypes or (tuple(DTYPES) if everything else DEFAULTS["dtype"]),
     }
-    settings = Settings(0.0, (3, 3), fresh_grads) if quick else Settings(seconds, fresh_grads=fresh_grads)
+    settings = Settings(0.0, fresh_grads=fresh_grads) if quick else Settings(seconds, fresh_grads=fresh_grads)
     if threads:
         torch.set_num_threads(threads)
     screen = Console()

@@ -33,6 +33,8 @@ LEARNING_RATE = 1e-4
 # Up to this much memory a set counts as cached, in bytes.
 CACHED = 2**26
 YARDSTICK_MOST = 2**29
+PATIENCE = 3.0
+FEWEST_ROUNDS = 3
 MOST_ROUNDS = 500
 
 Milliseconds = NDArray[np.float64]
@@ -44,7 +46,8 @@ class Settings:
 
     Attributes:
         seconds: Rounds are added to a case until it has taken this long.
-        rounds: At least so many, whatever they take: for sets that fit into caches, and for larger ones.
+        rounds: The goal for sets that fit into caches and for larger ones, for which a case may take up to
+            PATIENCE times as long; never fewer than FEWEST_ROUNDS.
         fresh_grads: Reallocate the gradients before each step, untimed, as zero_grad's set_to_none makes it happen.
     """
 
@@ -164,7 +167,7 @@ def measure(
     moved, touched = contenders.sizes()
     yardstick = Yardstick(touched)
     cached = touched <= CACHED
-    least = settings.rounds[0 if cached else 1]
+    goal = settings.rounds[0 if cached else 1]
 
     def turn(name: str) -> float:
         step = yardstick.step if name == YARDSTICK else lambda: contenders.step(name)
@@ -180,13 +183,20 @@ def measure(
     with _no_collection():
         begin = perf_counter()
         rounds = 0
-        while rounds < least or (rounds < MOST_ROUNDS and perf_counter() - begin < settings.seconds):
+        while _wanted(rounds, goal, perf_counter() - begin, settings.seconds):
             shuffle(order)
             for name in order:
                 steps[name].append(turn(name))
             rounds += 1
-        host = _host(contenders, least)
+        host = _host(contenders, goal)
     return Timing({name: np.array(times) for name, times in steps.items()}, host, moved, yardstick.moved)
+
+
+def _wanted(rounds: int, goal: int, elapsed: float, seconds: float) -> bool:
+    """Whether there is to be another round."""
+    if rounds < FEWEST_ROUNDS:
+        return True
+    return elapsed < (PATIENCE * seconds if rounds < goal else seconds) and rounds < MOST_ROUNDS
 
 
 class _Clock:

@@ -114,8 +114,12 @@ def _table(results: list[Result]) -> Table:
 
 
 def _cell(quantiles: Quantiles, style: str = "") -> Text:
-    median, p20, p80 = (f"{value:.3g}" for value in quantiles)
+    median, p20, p80 = map(_three_digits, quantiles)
     return Text.assemble((median, style), (f"\n{p20}–{p80}", "dim"), justify="right")
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _ratio(rival: str, result: Result) -> Text:
@@ -166,8 +170,8 @@ def _csv_rows(result: Result) -> Iterator[dict[str, Any]]:
         return
     assert result.host is not None
     for name, times in result.milliseconds.items():
-        state = GREEN if name == OURS else "another rule" if name == ADAMW else "near ours"
-        row = case | {"contender": name, "check": state, "rounds": result.rounds}
+        verdict = GREEN if name == OURS else "another rule" if name == ADAMW else "near ours"
+        row = case | {"contender": name, "check": verdict, "rounds": result.rounds}
         row |= {f"ms_{key}": value for key, value in times._asdict().items()}
         if name == OURS:
             row |= {"host_ms": result.host.median, "gb_per_s": result.gigabytes_per_second}

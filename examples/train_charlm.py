@@ -221,7 +221,7 @@ def plot(results: list[dict[str, Any]], path: str) -> None:
 @click.option("--optimizer", default="AdamW", help="NAME of stepladder, or torch.NAME[:fused|:foreach|:forloop].")
 @click.option("--compare", "pair", nargs=2, metavar="A B", help="Two implementations of one optimizer, in step.")
 @click.option("--lr", type=float, help="Peak learning rate; each optimizer has a default.")
-@click.option("--steps", type=click.IntRange(min=UNTIMED + 2), default=200)
+@click.option("--steps", type=click.IntRange(min=UNTIMED + 2), default=150)
 @click.option("--batch", type=click.IntRange(min=1), default=16)
 @click.option("--context", type=click.IntRange(min=1), default=64, help="Characters.")
 @click.option("--width", type=click.IntRange(min=1), default=128)
