@@ -40,7 +40,10 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True)
         subprocess.run(["cmake", "--build", build, "--target", "_C"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(next(build.glob("_C*.so")), target)
+        # Renamed into place: running processes keep the file that they have mapped.
+        fresh = target.with_suffix(".new")
+        shutil.copy2(next(build.glob("_C*.so")), fresh)
+        fresh.replace(target)
 
 
 def find_nvcc() -> str | None:
