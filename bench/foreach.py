@@ -6,6 +6,7 @@ They are rivals, not products: one dtype in a group, dense gradients for all par
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -41,9 +42,9 @@ class ForeachOptimizer(torch.optim.Optimizer):
             columns = [[state[name] for state in states] for name in self.states]
             self.update(group, params, [p.grad for p in params if p.grad is not None], *columns)
 
+    @abstractmethod
     def update(self, group: dict[str, Any], params: Tensors, grads: Tensors, *states: Tensors) -> None:
         """Step all parameters of a group in place."""
-        raise NotImplementedError
 
 
 class Lion(ForeachOptimizer):
