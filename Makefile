@@ -4,9 +4,12 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SANITIZED := tests/test_gpu.py tests/test_bitwise.py -k 'test_gpu or (cuda and (sizes or layouts or stochastic))'
+# One architecture is enough to develop; a release has all of CMakeLists.txt's.
+export STEPLADDER_CUDA_ARCHITECTURES ?= 90a
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: build test bench lint format clean
+.PHONY: build test sanitize bench lint format clean device device-build device-test device-sanitize device-bench
 
 build: $(VENV)/.built
 
@@ -30,12 +33,31 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 test: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
+# The CUDA kernels in the emulator, under the compiler's sanitizers, then with its own detector of races.
+sanitize: build
+	OMP_WAIT_POLICY=passive STEPLADDER_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest $(SANITIZED)
+	OMP_WAIT_POLICY=passive STEPLADDER_SANITIZE=races $(BIN)/python -m pytest $(SANITIZED)
+
 bench: build
 	$(BIN)/stepladder bench
 	$(BIN)/python examples/train_charlm.py --compare torch.AdamW:fused AdamW
 
+# On a machine with a GPU, by $(PYTHON) and its own torch: nothing is downloaded, and .venv is left alone.
+device:
+	$(PYTHON) -m bench.device
+
+device-build device-test device-sanitize device-bench: device-%:
+	$(PYTHON) -m bench.device $*
+
+# Linters that $(PYTHON) already has leave no script in the environment, so they are installed there once more.
 $(VENV)/.lint: $(VENV)/.built
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@for tool in ruff mypy clang-format; do \
+	  test -x $(BIN)/$$tool || $(BIN)/pip install --disable-pip-version-check --quiet --ignore-installed --no-deps \
+	    $$tool==$$($(BIN)/python -c "from importlib.metadata import version; print(version('$$tool'))") || exit; \
+	done
 	@touch $@
 
 lint: $(VENV)/.lint

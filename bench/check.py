@@ -3,6 +3,8 @@
 What is checked are the tensors of the shape set, cut to what the slow reference can take: each distinct shape,
 its first dimension shortened, to 1 if need be, until it has at most 65536 elements, and again as often as it
 occurs while all together have at most a million elements. Three steps, each with other gradients.
+On a GPU the reference steps copies on the CPU, and a set that was cut is also stepped once in full, by us and by
+torch, as sizes themselves can go wrong there.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch.nn import Parameter
 from stepladder.bench.cases import Case
 from stepladder.bench.rivals import Rival, standard
 from stepladder.bench.shapes import Shape, Shapes, elements
-from stepladder.bench.workload import WEIGHT, Source
+from stepladder.bench.workload import WEIGHT, Source, grouped
 
 STEPS = 3
 TENSOR_ELEMENTS = 2**16
@@ -30,6 +32,8 @@ TOTAL_ELEMENTS = 2**20
 GROWTH = 4.0
 # What rounding may do to an update, in the dtype's epsilon: torch's forms store a few intermediate results in it.
 ROUNDINGS = 16
+# Of an error's text, in characters: compilers write pages.
+LONGEST_REASON = 400
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -56,7 +60,16 @@ class _Walk:
     changed_gradients: bool
 
 
-def check(case: Case, shapes: Shapes, dtype: torch.dtype, rivals: Sequence[Rival]) -> Verdict:
+def check(
+    case: Case,
+    shapes: Shapes,
+    dtype: torch.dtype,
+    rivals: Sequence[Rival],
+    *,
+    apart: bool = False,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> Verdict:
     """Step ours, the reference and the rivals from the same values with the same gradients.
 
     Ours is red where its bits are not the reference's, or its values are far from those of torch's own plain form.
@@ -66,6 +79,9 @@ def check(case: Case, shapes: Shapes, dtype: torch.dtype, rivals: Sequence[Rival
         shapes: The shape set, in full.
         dtype: Of parameters, gradients and states.
         rivals: Those that are to be measured.
+        apart: A group for each parameter.
+        device: Where ours and the rivals step.
+        backend: Of ours; None leaves the choice to it.
 
     Raises:
         Exception: One of torch's own optimizers raised.
@@ -73,23 +89,28 @@ def check(case: Case, shapes: Shapes, dtype: torch.dtype, rivals: Sequence[Rival
     source, cut = Source(), sample(shapes)
     start = [source.tensor(shape, dtype, WEIGHT) for shape in cut]
     gradients = [[source.tensor(shape, dtype, GROWTH**step) for shape in cut] for step in range(STEPS)]
-    walk = partial(_walk, options=case.options, start=start, gradients=gradients)
+    reference = partial(_walk, options=case.options, start=start, gradients=gradients, apart=apart)
+    start = [value.to(device) for value in start]
+    gradients = [[value.to(device) for value in step] for step in gradients]
+    walk = partial(_walk, options=case.options, start=start, gradients=gradients, apart=apart)
     distance = partial(_distance, start=start)
     roundings = _roundings(case, cut, dtype)
 
-    ours = walk(case.ours)
-    if difference := _first_difference(ours, walk(partial(case.ours, backend="reference"))):
+    ours = walk(partial(case.ours, backend=backend) if backend else case.ours)
+    if difference := _first_difference(ours, reference(partial(case.ours, backend="reference"))):
         return Verdict(difference)
     plain = standard(case)
     verdict = Verdict(_far(distance(ours, walk(plain.make), roundings=roundings), f"torch's {plain.name} form"))
     for rival in rivals:
+        if rival.checked_in_full:
+            continue
         try:
             theirs = walk(rival.make)
         # Any failure of a foreign package is a reason to leave it out, and no error of ours.
         except Exception as error:
             if not rival.foreign:
                 raise
-            verdict.wrong[rival.name] = f"{type(error).__name__}: {error}"
+            verdict.wrong[rival.name] = said(error)
             continue
         if theirs.changed_gradients:
             verdict.writers.add(rival.name)
@@ -97,6 +118,58 @@ def check(case: Case, shapes: Shapes, dtype: torch.dtype, rivals: Sequence[Rival
         if rival.same_rule and (far := _far(distance(ours, theirs, roundings=slack), "ours")):
             verdict.wrong[rival.name] = far
     return verdict
+
+
+def check_in_full(
+    case: Case,
+    shapes: Shapes,
+    dtype: torch.dtype,
+    rivals: Sequence[Rival],
+    *,
+    device: torch.device | str,
+    backends: Sequence[str],
+    apart: bool = False,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Hold one step on the whole set near that of torch's plainest form.
+
+    Args:
+        case: The optimizer.
+        shapes: The shape set, in full.
+        dtype: Of parameters, gradients and states.
+        rivals: Those that were not checked on the sample.
+        device: Where all step.
+        backends: Of ours.
+        apart: A group for each parameter.
+
+    Returns:
+        What is wrong, by backend and by rival.
+    """
+    source = Source(device)
+    start = [source.tensor(shape, dtype, WEIGHT) for shape in shapes]
+    gradients = [[source.tensor(shape, dtype) for shape in shapes]]
+    walk = partial(_walk, options=case.options, start=start, gradients=gradients, apart=apart)
+    roundings = _roundings(case, shapes, dtype)
+    plain = walk(standard(case).make)
+    # Only its values are needed, and states take the most memory.
+    plain.optimizer.state.clear()
+
+    def judged(make: Callable[..., torch.optim.Optimizer], slack: float = 0.0) -> str | None:
+        try:
+            distance = _distance(walk(make), plain, start, roundings + slack)
+        # A contender that cannot run must not keep the others from being measured.
+        except Exception as error:
+            return said(error)
+        return _far(distance, f"torch's {standard(case).name} form on the whole set")
+
+    red = {backend: judged(partial(case.ours, backend=backend)) for backend in backends}
+    slack = _single_precision_scalars(case, dtype)
+    wrong = {rival.name: judged(rival.make, slack if rival.foreign else 0.0) for rival in rivals}
+    return {k: v for k, v in red.items() if v}, {k: v for k, v in wrong.items() if v}
+
+
+def said(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_REASON]
 
 
 def sample(shapes: Shapes) -> Shapes:
@@ -119,9 +192,10 @@ def _walk(
     options: dict[str, Any],
     start: list[Tensor],
     gradients: list[list[Tensor]],
+    apart: bool,
 ) -> _Walk:
     params = [Parameter(value.clone()) for value in start]
-    optimizer = make(params, **options)
+    optimizer = make(grouped(params, options["lr"], apart), **options)
     changed = False
     for step in gradients:
         for param, gradient in zip(params, step, strict=True):
@@ -140,7 +214,8 @@ def _first_difference(ours: _Walk, reference: _Walk) -> str | None:
         if param in ours.optimizer.state:
             theirs = reference.optimizer.state[expected]
             columns |= {name: (value, theirs[name]) for name, value in ours.optimizer.state[param].items()}
-        for name, (got, want) in columns.items():
+        for name, (column, want) in columns.items():
+            got = column.cpu()
             integer = _INTEGERS[got.element_size()]
             differs = (got.view(integer) != want.view(integer)) & ~(got.isnan() & want.isnan())
             if count := int(differs.sum()):

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter, perf_counter_ns
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 from stepladder.bench.cases import Case
 from stepladder.bench.rivals import Rival
 from stepladder.bench.shapes import Shapes
-from stepladder.bench.workload import Source, make_parameters
+from stepladder.bench.workload import Source, grouped, make_parameters
 
 OURS = "stepladder"
 YARDSTICK = "a += b"
@@ -83,6 +85,9 @@ class Contenders:
         rivals: To be put beside ours.
         writers: Names of those whose step changes the gradients: they get fresh ones at each step.
         fresh_grads: Everyone gets fresh ones.
+        apart: A group for each parameter.
+        device: Where the parameters are.
+        backends: Ours by the names of contenders, the first is compared with; None leaves the choice to it.
     """
 
     def __init__(
@@ -93,25 +98,44 @@ class Contenders:
         rivals: Sequence[Rival],
         writers: Collection[str] = (),
         fresh_grads: bool = False,
+        *,
+        apart: bool = False,
+        device: torch.device | str = "cpu",
+        backends: Mapping[str, str | None] = MappingProxyType({OURS: None}),
     ) -> None:
-        self.params = make_parameters(shapes, dtype)
+        self.params = make_parameters(shapes, dtype, device)
         self._gradients = [p.grad for p in self.params]
         self._states = case.states
-        options = case.options | {"lr": LEARNING_RATE}
-        self.ours = case.ours(self.params, **options)
-        self.ours.step()
-        self.optimizers: dict[str, torch.optim.Optimizer] = {OURS: self.ours}
+        self._apart = apart
+        self._options = case.options | {"lr": LEARNING_RATE}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        ours = []
+        for name, backend in backends.items():
+            optimizer = self.make(partial(case.ours, backend=backend) if backend else case.ours)
+            optimizer.step()
+            ours.append(optimizer)
+            self.optimizers[name] = optimizer
+        self.ours: Any = ours[0]
         shared = None
         for rival in rivals:
-            optimizer = rival.make(self.params, **options)
+            optimizer = self.make(rival.make)
             if rival.shares_states:
                 shared = optimizer.state = optimizer.state if shared is None else shared
             self.optimizers[rival.name] = optimizer
         self._fresh = set(self.optimizers) if fresh_grads else set(writers)
 
-    def prepare(self, name: str) -> None:
-        """Give every parameter the gradient that this contender's next step finds."""
-        fresh = name in self._fresh
+    def make(self, constructor: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
+        """An optimizer of the parameters, with the case's hyper-parameters and these."""
+        return constructor(grouped(self.params, LEARNING_RATE, self._apart), **self._options | options)
+
+    def prepare(self, name: str, fresh: bool | None = None) -> None:
+        """Give every parameter the gradient that this contender's next step finds.
+
+        Args:
+            name: The contender.
+            fresh: Whether it is a new one; None as the constructor was told.
+        """
+        fresh = name in self._fresh if fresh is None else fresh
         for param, gradient in zip(self.params, self._gradients, strict=True):
             assert gradient is not None
             if fresh:
@@ -161,9 +185,10 @@ def measure(
     rivals: Sequence[Rival],
     writers: Collection[str],
     settings: Settings,
+    apart: bool = False,
 ) -> Timing:
     """Time ours, the rivals and the yardstick; arguments as of `Contenders`."""
-    contenders = Contenders(case, shapes, dtype, rivals, writers, settings.fresh_grads)
+    contenders = Contenders(case, shapes, dtype, rivals, writers, settings.fresh_grads, apart=apart)
     moved, touched = contenders.sizes()
     yardstick = Yardstick(touched)
     cached = touched <= CACHED
@@ -180,10 +205,10 @@ def measure(
     order, shuffle = list(names), random.Random(0).shuffle
     for name in names:
         turn(name)
-    with _no_collection():
+    with no_collection():
         begin = perf_counter()
         rounds = 0
-        while _wanted(rounds, goal, perf_counter() - begin, settings.seconds):
+        while wanted(rounds, goal, perf_counter() - begin, settings.seconds):
             shuffle(order)
             for name in order:
                 steps[name].append(turn(name))
@@ -192,7 +217,7 @@ def measure(
     return Timing({name: np.array(times) for name, times in steps.items()}, host, moved, yardstick.moved)
 
 
-def _wanted(rounds: int, goal: int, elapsed: float, seconds: float) -> bool:
+def wanted(rounds: int, goal: int, elapsed: float, seconds: float) -> bool:
     """Whether there is to be another round."""
     if rounds < FEWEST_ROUNDS:
         return True
@@ -246,7 +271,7 @@ def _timed(function: Callable[[], Any]) -> float:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:

@@ -103,7 +103,7 @@ def _table(results: list[Result]) -> Table:
         table.add_row(
             result.optimizer,
             result.dtype,
-            _cell(result.milliseconds[OURS]),
+            cell(result.milliseconds[OURS]),
             f"{result.host.median:.2g}",
             f"{result.gigabytes_per_second:.3g}",
             f"{result.share:.0%}",
@@ -113,7 +113,7 @@ def _table(results: list[Result]) -> Table:
     return table
 
 
-def _cell(quantiles: Quantiles, style: str = "") -> Text:
+def cell(quantiles: Quantiles, style: str = "") -> Text:
     median, p20, p80 = map(_three_digits, quantiles)
     return Text.assemble((median, style), (f"\n{p20}–{p80}", "dim"), justify="right")
 
@@ -127,7 +127,7 @@ def _ratio(rival: str, result: Result) -> Text:
         return Text("–", style="dim")
     ratio = result.ratios[rival]
     # AdamW moves other bytes than a rule with less state: no race is lost against it.
-    return _cell(ratio, "bold red" if ratio.median < 1.0 and rival != ADAMW else "bold")
+    return cell(ratio, "bold red" if ratio.median < 1.0 and rival != ADAMW else "bold")
 
 
 def _label(result: Result) -> str:
@@ -159,7 +159,7 @@ def write_csv(file: TextIO, facts: dict[str, Any], results: Iterable[Result]) ->
     writer.writeheader()
     for result in results:
         for row in _csv_rows(result):
-            writer.writerow(facts | {key: _short(value) for key, value in row.items()})
+            writer.writerow(facts | {key: short(value) for key, value in row.items()})
 
 
 def _csv_rows(result: Result) -> Iterator[dict[str, Any]]:
@@ -183,5 +183,5 @@ def _csv_rows(result: Result) -> Iterator[dict[str, Any]]:
         yield case | {"contender": name, "check": "no number", "reason": reason}
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
     return f"{value:.5g}" if isinstance(value, float) else value

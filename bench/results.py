@@ -13,7 +13,7 @@ from stepladder.bench.cases import DTYPES, Case
 from stepladder.bench.check import check
 from stepladder.bench.measure import OURS, YARDSTICK, YARDSTICK_MOST, Milliseconds, Settings, Timing, measure
 from stepladder.bench.rivals import Rival, rivals_of
-from stepladder.bench.shapes import SETS, elements
+from stepladder.bench.shapes import APART, SETS, elements
 
 # Left for everything else on the machine, beside the check's own tensors.
 RESERVE = 2**30
@@ -83,14 +83,15 @@ def run(case: Case, shapes_name: str, dtype_name: str, rival_names: Collection[s
         return replace(result, skipped=skipped)
 
     rivals, absent = rivals_of(case, rival_names)
-    verdict = check(case, shapes, dtype, rivals)
+    apart = shapes_name in APART
+    verdict = check(case, shapes, dtype, rivals, apart=apart)
     absent |= verdict.wrong
     if verdict.red:
         return replace(result, red=verdict.red, absent=absent)
     rivals = [rival for rival in rivals if rival.name not in absent]
     fresh = settings.fresh_grads or any(rival.name in verdict.writers for rival in rivals)
-    rivals, without_room = fit(rivals, column, _free() - _own(case, column, fresh))
-    timing = measure(case, shapes, dtype, rivals, verdict.writers, settings)
+    rivals, without_room = fit(rivals, column, _free() - own_memory(case, column, fresh))
+    timing = measure(case, shapes, dtype, rivals, verdict.writers, settings, apart)
     return _evaluated(result, timing, absent | without_room)
 
 
@@ -102,12 +103,13 @@ def shortage(case: Case, column: int, fresh_grads: bool = False) -> str | None:
         column: Bytes of a copy of all parameters.
         fresh_grads: Gradients are kept twice.
     """
-    need, free = _own(case, column, fresh_grads), _free()
-    return f"needs {_gib(need)} of memory, {_gib(free)} are free" if need > free else None
+    need, free = own_memory(case, column, fresh_grads), _free()
+    return f"needs {gib(need)} of memory, {gib(free)} are free" if need > free else None
 
 
-def _own(case: Case, column: int, fresh_grads: bool) -> int:
-    return (2 + len(case.states) + fresh_grads) * column
+def own_memory(case: Case, column: int, fresh_grads: bool, optimizers: int = 1) -> int:
+    """Bytes of parameters, gradients and the states of this many optimizers of ours."""
+    return (2 + optimizers * len(case.states) + fresh_grads) * column
 
 
 def _free() -> int:
@@ -133,11 +135,12 @@ def fit(rivals: Sequence[Rival], column: int, room: int) -> tuple[list[Rival], d
         if need <= room:
             taken = together
         else:
-            absent[rival.name] = f"needs {_gib(need)} of memory beside ours, {_gib(room)} are free"
+            absent[rival.name] = f"needs {gib(need)} of memory beside ours, {gib(room)} are free"
     return taken, absent
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A size in words."""
     return f"{size / 2**30:.1f} GiB"
 
 

@@ -88,7 +88,10 @@ SETS: dict[str, Callable[[], Shapes]] = {
     "resnet50": resnet50,
     "vit-b16": vit_b16,
     "llama-1b": llama_1b,
+    "465-groups": lambda: [(768,)] * 465,
 }
+# Sets whose parameters stand in a group each, with a learning rate of their own.
+APART = frozenset({"465-groups"})
 
 
 def elements(shapes: Shapes) -> int:

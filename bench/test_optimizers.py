@@ -15,7 +15,7 @@ from stepladder.bench.cli import DEFAULTS, QUICK_SHAPES
 from stepladder.bench.measure import OURS, Contenders, Settings
 from stepladder.bench.results import shortage
 from stepladder.bench.rivals import names_of, rivals_of
-from stepladder.bench.shapes import SETS, elements
+from stepladder.bench.shapes import APART, SETS, elements
 
 pytest.importorskip("pytest_benchmark")
 
@@ -31,7 +31,7 @@ def steps() -> Iterator[Any]:
 @cache
 def verdict(shapes: str, optimizer: str, dtype: str) -> Verdict:
     case = CASES[optimizer]
-    return check(case, SETS[shapes](), DTYPES[dtype], rivals_of(case)[0])
+    return check(case, SETS[shapes](), DTYPES[dtype], rivals_of(case)[0], apart=shapes in APART)
 
 
 @pytest.mark.parametrize(("shapes", "optimizer", "dtype", "contender"), list(steps()))
@@ -44,7 +44,7 @@ def test_step(benchmark: Any, shapes: str, optimizer: str, dtype: str, contender
     assert found.red is None, found.red
     if reason := (absent | found.wrong).get(contender):
         pytest.skip(reason)
-    contenders = Contenders(case, SETS[shapes](), DTYPES[dtype], rivals, found.writers)
+    contenders = Contenders(case, SETS[shapes](), DTYPES[dtype], rivals, found.writers, apart=shapes in APART)
     benchmark.group = f"{shapes} {optimizer} {dtype}"
     benchmark.pedantic(
         contenders.optimizers[contender].step,

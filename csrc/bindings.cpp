@@ -4,11 +4,15 @@
 
 #include <dlfcn.h>
 
-#include "common/cuda_devices.h"
 #include "common/error.h"
+#include "common/gpu_runtime.h"
 #include "common/math.h"
 #include "multi_tensor/plan.h"
 #include "step_plan.h"
+#include "table_executor.h"
+#if defined(SL_EMULATED)
+#include "emulator/graph.h"
+#endif
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -47,7 +51,7 @@ py::tuple cuda() {
   py::list devices;
   std::string reason;
 #if defined(SL_HAS_CUDA)
-  for (const CudaDevice& d : cuda_devices(&reason)) {
+  for (const gpu::Device& d : gpu::devices(&reason)) {
     py::dict entry;
     entry["name"] = d.name;
     entry["capability"] = py::make_tuple(d.major, d.minor);
@@ -61,11 +65,65 @@ py::tuple cuda() {
   return py::make_tuple(devices, reason);
 }
 
+int64_t gpu_launches() {
+#if defined(SL_HAS_CUDA)
+  return gpu::launches();
+#else
+  return 0;
+#endif
+}
+
+// What the kernels of Python need of a table and of the gradients' way in.
+void bind_tables(py::module_& m) {
+  const auto dtype_name = [](DType dtype) {
+    return dtype == DType::f64    ? "float64"
+           : dtype == DType::f32  ? "float32"
+           : dtype == DType::bf16 ? "bfloat16"
+                                  : "float16";
+  };
+  m.attr("GROUP_WORDS") = kGroupWords;
+  py::class_<PlanTable, std::shared_ptr<PlanTable>>(m, "Table", py::buffer_protocol(), py::module_local())
+      .def_buffer([](PlanTable& t) {
+        const std::vector<uint64_t>& words = t.table.words();
+        return py::buffer_info(const_cast<uint64_t*>(words.data()), sizeof(int64_t),
+                               py::format_descriptor<int64_t>::format(), 1, {words.size()}, {sizeof(int64_t)}, true);
+      })
+      .def_readonly("rule", &PlanTable::rule)
+      .def_property_readonly("param", [=](const PlanTable& t) { return dtype_name(t.param); })
+      .def_property_readonly("state", [=](const PlanTable& t) { return dtype_name(t.state); })
+      .def_property_readonly("chunks", [](const PlanTable& t) { return t.table.chunks(); })
+      .def_property_readonly("chunk_tiles", [](const PlanTable& t) { return t.table.chunk_tiles(); })
+      .def_property_readonly("num_sums", [](const PlanTable& t) { return t.table.num_sums(); })
+      .def_property_readonly("shape", [](const PlanTable& t) {
+        const TableShape& s = t.table.shape();
+        return py::dict(py::arg("tensors") = s.tensors, py::arg("grad") = s.grad, py::arg("param") = s.param,
+                        py::arg("step") = s.step, py::arg("clock") = s.clock, py::arg("first") = s.first,
+                        py::arg("numel") = s.numel, py::arg("meta") = s.meta, py::arg("layout") = s.layout,
+                        py::arg("sums") = s.sums);
+      });
+
+  const auto address = [](auto member) {
+    return [member](const GradientScale& scale) { return reinterpret_cast<uintptr_t>(scale.*member); };
+  };
+  py::class_<GradientScale>(m, "GradientScale", py::module_local())
+      .def_readonly("unscale", &GradientScale::unscale)
+      .def_readonly("clip", &GradientScale::clip)
+      .def_readonly("inverse_scale", &GradientScale::inverse_scale)
+      .def_readonly("clip_factor", &GradientScale::clip_factor)
+      .def_property_readonly("grad_scale", address(&GradientScale::grad_scale))
+      .def_property_readonly("clip_address", address(&GradientScale::clip_address))
+      .def_property_readonly("found_inf", address(&GradientScale::found_inf));
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+#if !defined(SL_MODULE)
+#define SL_MODULE _C
+#endif
+
+PYBIND11_MODULE(SL_MODULE, m) {
   m.doc() = "Compiled kernels of stepladder.";
-  py::register_exception<Error>(m, "Error", PyExc_RuntimeError);
+  py::register_local_exception<Error>(m, "Error", PyExc_RuntimeError);
 
   m.def("rules", &rules, "Every update rule: its hyper-parameters, states, and whether it takes norms.");
   m.def("power", [](double base, int64_t exponent) { return power(base, exponent); });
@@ -75,20 +133,34 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = SL_COMPILER;
   m.attr("cuda_version") = SL_CUDA_VERSION;
 
-  py::class_<StepPlan>(m, "StepPlan")
-      .def(py::init<py::object, py::object, py::object>(), py::arg("exchange"), py::arg("describe"),
-           py::arg("shares_memory"))
+  m.def("launches", [] { return gpu_launches(); }, "How many GPU kernels this process has launched.");
+
+#if defined(SL_EMULATED)
+  m.def("begin_capture", &emulator::begin_capture);
+  m.def("replay", &emulator::replay);
+#endif
+
+  bind_tables(m);
+
+  // Local: a second module, with the emulator in place of a GPU, may stand beside this one.
+  py::class_<StepPlan>(m, "StepPlan", py::module_local())
+      .def(py::init<py::object, py::object, py::object, py::object, py::object>(), py::arg("exchange"),
+           py::arg("describe"), py::arg("shares_memory"), py::arg("stream"), py::arg("triton") = py::none())
       .def("reset", &StepPlan::reset)
       .def("refresh", &StepPlan::refresh)
-      .def("bind", &StepPlan::bind, py::arg("index"), py::arg("grad"), py::arg("state"), py::arg("step"),
-           py::arg("timed"), py::arg("fresh"), py::arg("negate"), py::arg("seed"))
+      .def("bind", &StepPlan::bind, py::arg("index"), py::arg("backend"), py::arg("grad"), py::arg("state"),
+           py::arg("step"), py::arg("clock"), py::arg("timed"), py::arg("fresh"), py::arg("negate"), py::arg("seed"))
       .def("bind_gradients", &StepPlan::bind_gradients)
       .def("skip", &StepPlan::skip)
       .def("active", &StepPlan::active)
+      .def("only_device", &StepPlan::only_device)
       .def("norm", &StepPlan::norm)
       .def("partials", &StepPlan::partials)
       .def("scale_gradients", &StepPlan::scale_gradients)
+      .def("clip_on_device", &StepPlan::clip_on_device)
       .def("run", &StepPlan::run)
+      .def("run_on_device", &StepPlan::run_on_device)
+      .def("device_norm", &StepPlan::device_norm)
       .def("release", &StepPlan::release)
       .def_property("isa", &StepPlan::isa, &StepPlan::set_isa)
       .def_property_readonly("trusts_states", &StepPlan::trusts_states)

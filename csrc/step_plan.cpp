@@ -6,6 +6,10 @@
 #include <sstream>
 
 #include "common/error.h"
+#include "table_executor.h"
+#if defined(SL_HAS_CUDA)
+#include "multi_tensor/gpu_executor.h"
+#endif
 
 namespace stepladder {
 
@@ -139,10 +143,13 @@ void StepPlan::Signature::assign(const TensorView& view) {
   std::copy(view.strides, view.strides + ndim, kept + ndim);
 }
 
-StepPlan::StepPlan(py::object exchange, py::object describe, py::object shares_memory)
+StepPlan::StepPlan(py::object exchange, py::object describe, py::object shares_memory, py::object stream,
+                   py::object triton)
     : reader_(std::move(exchange), std::move(describe)),
       kernels_(cpu_kernels(nullptr)),
-      shares_memory_(std::move(shares_memory)) {}
+      shares_memory_(std::move(shares_memory)),
+      stream_(std::move(stream)),
+      triton_(std::move(triton)) {}
 
 void StepPlan::set_isa(const std::string& isa) {
   const CpuKernels* kernels = cpu_kernels(isa.c_str());
@@ -209,11 +216,20 @@ void StepPlan::read_hyper(Group& group) {
     const double number = PyFloat_AsDouble(value);
     if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
     SL_CHECK(n < kMaxHyper, "too many hyper-parameters in a group");
-    group.hyper[n++] = number;
+    group.values.hyper[n++] = number;
   };
+  group.values.lr_address = nullptr;
   for (const py::object& key : group.hyper_keys) {
     PyObject* value = PyDict_GetItem(group.dict.ptr(), key.ptr());
     if (value == nullptr) throw py::key_error(key.cast<std::string>());
+    TensorView view;
+    if (n == 0 && !PyFloat_Check(value) && reader_.read(value, &view) && is_at_hand(group, view)) {
+      // A learning rate on a GPU is read there, without waiting for it.
+      group.values.lr_address = view.data;
+      group.values.lr_is_double = view.dtype == DType::f64;
+      ++n;
+      continue;
+    }
     if (PyTuple_Check(value) || PyList_Check(value)) {
       for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) take(PySequence_Fast_GET_ITEM(value, i));
     } else {
@@ -222,6 +238,13 @@ void StepPlan::read_hyper(Group& group) {
   }
   SL_CHECK(group.rule == Rule::count || n == rule_info(group.rule).num_hyper, "a group gives ", n,
            " hyper-parameters, its rule takes ", rule_info(group.rule).hyper);
+}
+
+// Whether every kernel that steps the group can read the learning rate where it is.
+bool StepPlan::is_at_hand(const Group& group, const TensorView& lr) const {
+  return !group.executors.empty() && (lr.dtype == DType::f32 || lr.dtype == DType::f64) &&
+         std::all_of(group.executors.begin(), group.executors.end(),
+                     [&](int e) { return e != kOnCpu && places_[e].device == lr.device; });
 }
 
 bool StepPlan::still_valid(int index, PyObject* mapping) {
@@ -233,8 +256,8 @@ bool StepPlan::still_valid(int index, PyObject* mapping) {
   if (!reader_.read(bound.param.ptr(), &view) || view.data != tensor.columns[kParam].data ||
       !bound.param_signature.matches(view))
     return false;
-  if (Py_TYPE(bound.grad.ptr()) != bound.grad_type || !reader_.read(bound.grad.ptr(), &view) || !view.on_cpu ||
-      !bound.grad_signature.matches(view))
+  if (Py_TYPE(bound.grad.ptr()) != bound.grad_type || !reader_.read(bound.grad.ptr(), &view) ||
+      !(view.device == bound.device) || !bound.grad_signature.matches(view))
     return false;
   static PyObject* is_neg = interned("is_neg");
   static PyObject* is_conj = interned("is_conj");
@@ -328,18 +351,21 @@ bool StepPlan::memory_shared() const {
   return shares_memory_(tensors).cast<bool>();
 }
 
-void StepPlan::bind(int index, const py::object& grad, const py::object& state, const py::object& step, bool timed,
-                    bool fresh, bool negate, const py::object& seed) {
+void StepPlan::bind(int index, const std::string& backend, const py::object& grad, const py::object& state,
+                    const py::object& step, const py::object& clock, bool timed, bool fresh, bool negate,
+                    const py::object& seed) {
   Bound& bound = bound_.at(index);
   Tensor& tensor = plan_.tensors[index];
-  const Group& group = groups_[bound.group];
+  Group& group = groups_[bound.group];
 
   std::vector<TensorView> views;
   std::vector<std::vector<int64_t>> sizes_kept, strides_kept;  // a described view lives until the next
   const auto take = [&](const py::handle& object, const char* what) {
     TensorView view;
-    SL_CHECK(reader_.read(object.ptr(), &view) && view.on_cpu, what, " of parameter ", index,
-             " is no plain CPU tensor of a supported dtype");
+    SL_CHECK(reader_.read(object.ptr(), &view), what, " of parameter ", index,
+             " is no plain tensor of a supported dtype");
+    SL_CHECK(views.empty() || view.device == views[0].device, what, " of parameter ", index,
+             " is on another device than the parameter");
     sizes_kept.emplace_back(view.sizes, view.sizes + view.ndim);
     strides_kept.emplace_back(view.strides, view.strides + view.ndim);
     views.push_back(view);
@@ -363,9 +389,11 @@ void StepPlan::bind(int index, const py::object& grad, const py::object& state, 
   bound.footprint.param_storage = address(bound.param.attr("untyped_storage")());
   sizes_offset_ = reinterpret_cast<const char*>(param_sizes) - bound.footprint.param;
 
+  const int executor = executor_for(backend, views[0].device);
   bound.bound = true;
   bound.skipped = false;
   bound.active = true;
+  bound.device = views[0].device;
   bound.grad = grad;
   bound.grad_type = Py_TYPE(grad.ptr());
   bound.state = state;
@@ -383,14 +411,33 @@ void StepPlan::bind(int index, const py::object& grad, const py::object& state, 
   bound.step_data = nullptr;
   if (!step.is_none()) {
     TensorView view;
-    SL_CHECK(reader_.read(step.ptr(), &view) && view.on_cpu && count_elements(view) == 1 &&
-                 (view.dtype == DType::f32 || view.dtype == DType::f64),
-             "the step count of parameter ", index, " is no CPU scalar of float32 or float64");
+    const bool readable = reader_.read(step.ptr(), &view);
+    const bool in_place = executor == kOnCpu ? view.device.type == kCpuDevice : view.device == bound.device;
+    SL_CHECK(
+        readable && in_place && count_elements(view) == 1 && (view.dtype == DType::f32 || view.dtype == DType::f64),
+        "the step count of parameter ", index,
+        executor == kOnCpu ? " is no CPU scalar of float32 or float64"
+                           : " is no scalar of float32 or float64 on the parameter's device");
     bound.step_data = view.data;
     bound.step_is_double = view.dtype == DType::f64;
   }
 
+  bound.clock = clock;
+
   tensor = Tensor();
+  tensor.executor = executor;
+  if (std::find(group.executors.begin(), group.executors.end(), executor) == group.executors.end())
+    group.executors.push_back(executor);
+  tensor.group = &group.values;
+  tensor.step_data = bound.step_data;
+  tensor.step_is_double = bound.step_is_double;
+  tensor.clock = bound.step_data;
+  if (executor != kOnCpu && !timed && !clock.is_none()) {
+    TensorView view;
+    SL_CHECK(reader_.read(clock.ptr(), &view) && view.device == bound.device && view.dtype == DType::f32,
+             "the clock of parameter ", index, " is no float32 tensor on its device");
+    tensor.clock = view.data;
+  }
   tensor.numel = count_elements(views[0]);
   tensor.num_columns = static_cast<int>(views.size());
   tensor.rule = group.rule;
@@ -403,20 +450,43 @@ void StepPlan::bind(int index, const py::object& grad, const py::object& state, 
   if (tensor.stochastic) {
     SL_CHECK(views[0].dtype == DType::bf16 && bound.step_data != nullptr,
              "stochastic rounding needs a bfloat16 parameter and a step count");
-    tensor.seed = seed.cast<uint64_t>();
+    tensor.seed = group.values.seed = seed.cast<uint64_t>();
   }
   plan_.active[index] = 1;
   stale_schedule_ = true;
 }
 
-std::vector<int> StepPlan::bind_gradients() {
+int StepPlan::executor_for(const std::string& backend, const DeviceId& device) {
+  if (backend == "cpu") {
+    SL_CHECK(device.type == kCpuDevice, "the backend 'cpu' got a tensor on another device");
+    return kOnCpu;
+  }
+  for (size_t e = 0; e < places_.size(); ++e)
+    if (places_[e].backend == backend && places_[e].device == device) return static_cast<int>(e);
+  std::unique_ptr<Executor> executor;
+  if (backend == "triton") {
+    SL_CHECK(!triton_.is_none(), "the plan was made without Triton");
+    executor = std::make_unique<TableExecutor>(triton_(device.type, device.index));
+  } else {
+    SL_CHECK(backend == "cuda", "the plan has no backend '", backend, "'");
+#if defined(SL_HAS_CUDA)
+    SL_CHECK(device.type == kGpuDevice, "the backend 'cuda' got a tensor on another device");
+    executor = std::make_unique<GpuExecutor>(device.index);
+#else
+    fail(__FILE__, __LINE__, "stepladder was built without nvcc");
+#endif
+  }
+  places_.push_back({backend, device, std::move(executor)});
+  return static_cast<int>(places_.size()) - 1;
+}
+
+std::vector<int> StepPlan::bind_gradients(const std::vector<std::string>& backends) {
   std::vector<int> others;
   for (size_t i = 0; i < bound_.size(); ++i) {
     const int index = static_cast<int>(i);
-    const py::object grad = bound_[i].param.attr("grad");
-    TensorView view;
-    if (reader_.read(grad.ptr(), &view) && view.on_cpu) {
-      bind(index, grad, py::dict(), py::none(), false, false, false, py::none());
+    if (backends.at(i) == "cpu" || backends[i] == "cuda" || backends[i] == "triton") {
+      const py::object grad = bound_[i].param.attr("grad");
+      bind(index, backends[i], grad, py::dict(), py::none(), py::none(), false, false, false, py::none());
     } else {
       skip(index);
       others.push_back(index);
@@ -444,18 +514,50 @@ void StepPlan::prepare() {
   if (!stale_schedule_) return;
   plan_.schedule();
   written_ = py::object();
+  const std::vector<int> wave_of = plan_.assign_waves();
+  for (size_t e = 0; e < places_.size(); ++e) {
+    std::vector<std::vector<int>> waves;
+    for (size_t i = 0; i < plan_.tensors.size(); ++i) {
+      if (!plan_.active[i] || plan_.tensors[i].executor != static_cast<int>(e)) continue;
+      if (static_cast<int>(waves.size()) <= wave_of[i]) waves.resize(wave_of[i] + 1);
+      waves[wave_of[i]].push_back(static_cast<int>(i));
+    }
+    places_[e].executor->schedule(plan_.tensors, waves);
+  }
   stale_schedule_ = false;
 }
 
-std::pair<double, bool> StepPlan::norm(double kind, double inverse_scale, int threads) {
-  prepare();
-  const Norm norm = kind == 2.0 ? Norm::l2 : kind == 1.0 ? Norm::l1 : Norm::inf;
+namespace {
+
+Norm norm_kind(double kind) {
   SL_CHECK(kind == 2.0 || kind == 1.0 || kind == std::numeric_limits<double>::infinity(), "norm kind ", kind,
            " is none of 1, 2 and inf");
+  return kind == 2.0 ? Norm::l2 : kind == 1.0 ? Norm::l1 : Norm::inf;
+}
+
+}  // namespace
+
+std::pair<double, bool> StepPlan::norm(double kind, double inverse_scale, int threads) {
+  prepare();
+  const Norm norm = norm_kind(kind);
   bool finite = true;
-  py::gil_scoped_release nogil;
-  const double value = plan_.norm(norm, inverse_scale, *kernels_, threads, &finite);
-  return {value, finite};
+  GradientScale scale;
+  scale.inverse_scale = inverse_scale;
+  for (const Place& place : places_) {
+    Executor& executor = *place.executor;
+    if (executor.scheduled().empty()) continue;
+    const gpu::Stream stream = stream_of(place);
+    const py::gil_scoped_release nogil;
+    bool here;
+    executor.measure(plan_.tensors, norm, scale, 0.0, nullptr, nullptr, stream);
+    const std::vector<double> partials = executor.partials(stream, &here);
+    for (size_t k = 0; k < partials.size(); ++k) plan_.set_partial(executor.scheduled()[k], partials[k]);
+    finite = finite && here;
+  }
+  const py::gil_scoped_release nogil;
+  bool here;
+  plan_.measure(norm, inverse_scale, *kernels_, threads, &here);
+  return {plan_.total_norm(norm), finite && here};
 }
 
 std::vector<double> StepPlan::partials() const {
@@ -467,8 +569,31 @@ std::vector<double> StepPlan::partials() const {
 
 void StepPlan::scale_gradients(double factor, int threads) {
   prepare();
-  py::gil_scoped_release nogil;
+  for (const Place& place : places_)
+    if (!place.executor->scheduled().empty())
+      place.executor->scale_gradients(plan_.tensors, nullptr, factor, stream_of(place));
+  const py::gil_scoped_release nogil;
   plan_.scale(factor, *kernels_, threads);
+}
+
+// On the CPU, one after another: a parameter that is listed twice steps twice.
+void StepPlan::count_steps() {
+  // Neighbours of one group mostly share their step count and so their scalars.
+  int previous = -1;
+  int64_t previous_time = 0;
+  for (size_t i = 0; i < bound_.size(); ++i) {
+    if (!plan_.active[i] || plan_.tensors[i].executor != kOnCpu) continue;
+    Bound& bound = bound_[i];
+    const int64_t count = bound.step_data == nullptr ? 0 : count_step(bound.step_data, bound.step_is_double);
+    const int64_t time = bound.timed ? count : bound.fresh ? 1 : 2;
+    const bool same = previous >= 0 && bound_[previous].group == bound.group && previous_time == time &&
+                      plan_.tensors[previous].arithmetic == plan_.tensors[i].arithmetic;
+    plan_.set_scalars(static_cast<int>(i), groups_[bound.group].values.hyper, time, same ? previous : -1);
+    plan_.tensors[i].step = static_cast<uint32_t>(count);
+    bound.fresh = false;
+    previous = static_cast<int>(i);
+    previous_time = time;
+  }
 }
 
 void StepPlan::run(const py::object& inverse_scale, double clip_factor, int threads, const py::object& announce) {
@@ -478,24 +603,9 @@ void StepPlan::run(const py::object& inverse_scale, double clip_factor, int thre
   if (scale.unscale) scale.inverse_scale = inverse_scale.cast<double>();
   scale.clip = clip_factor != 1.0;
   scale.clip_factor = clip_factor;
-
-  // Neighbours of one group mostly share their step count and so their scalars.
-  int previous = -1;
-  int64_t previous_time = 0;
-  for (size_t i = 0; i < bound_.size(); ++i) {
-    if (!plan_.active[i]) continue;
-    Bound& bound = bound_[i];
-    // Counted here, one after another: a parameter that is listed twice steps twice.
-    const int64_t count = bound.step_data == nullptr ? 0 : count_step(bound.step_data, bound.step_is_double);
-    const int64_t time = bound.timed ? count : bound.fresh ? 1 : 2;
-    const bool same = previous >= 0 && bound_[previous].group == bound.group && previous_time == time &&
-                      plan_.tensors[previous].arithmetic == plan_.tensors[i].arithmetic;
-    plan_.set_scalars(static_cast<int>(i), groups_[bound.group].hyper, time, same ? previous : -1);
-    plan_.tensors[i].step = static_cast<uint32_t>(count);
-    bound.fresh = false;
-    previous = static_cast<int>(i);
-    previous_time = time;
-  }
+  for (const Place& place : places_)
+    if (!place.executor->scheduled().empty()) place.executor->run(plan_.tensors, scale, stream_of(place));
+  count_steps();
   const py::list params = written();
   PyThreadState* thread = nullptr;
   plan_.run(scale, *kernels_, threads, [&] {
@@ -504,6 +614,68 @@ void StepPlan::run(const py::object& inverse_scale, double clip_factor, int thre
   });
   PyEval_RestoreThread(thread);
   if (PyErr_Occurred()) throw py::error_already_set();
+}
+
+gpu::Stream StepPlan::stream_of(const Place& place) const {
+  if (place.backend != "cuda") return nullptr;  // Triton asks for it itself
+  return reinterpret_cast<gpu::Stream>(stream_(place.device.index).cast<uintptr_t>());
+}
+
+StepPlan::Place& StepPlan::only_place() {
+  Place* found = nullptr;
+  for (Place& place : places_)
+    if (!place.executor->scheduled().empty()) found = &place;
+  SL_CHECK(found != nullptr, "nothing is bound to a GPU");
+  return *found;
+}
+
+py::object StepPlan::only_device() {
+  prepare();
+  const Place* found = nullptr;
+  int places = 0;
+  for (const Place& place : places_) {
+    if (place.executor->scheduled().empty()) continue;
+    found = &place;
+    ++places;
+  }
+  for (size_t i = 0; i < bound_.size(); ++i)
+    if (bound_[i].active && (bound_[i].skipped || plan_.tensors[i].executor == kOnCpu)) ++places;
+  if (places != 1 || found == nullptr) return py::none();
+  return py::make_tuple(found->backend, found->device.index);
+}
+
+void StepPlan::run_on_device(uintptr_t grad_scale, uintptr_t found_inf, double max_norm, const py::object& announce) {
+  prepare();
+  const Place& place = only_place();
+  Executor& executor = *place.executor;
+  const gpu::Stream stream = stream_of(place);
+  GradientScale scale;
+  scale.unscale = grad_scale != 0;
+  scale.grad_scale = reinterpret_cast<const float*>(grad_scale);
+  scale.found_inf = reinterpret_cast<const float*>(found_inf);
+  if (max_norm > 0.0) {
+    executor.measure(plan_.tensors, Norm::l2, scale, max_norm, nullptr, nullptr, stream);
+    scale.clip = true;
+    scale.clip_address = executor.clip_factor();
+  }
+  executor.run(plan_.tensors, scale, stream);
+  announce(written());
+}
+
+double StepPlan::device_norm() {
+  Place& place = only_place();
+  return place.executor->norm(stream_of(place));
+}
+
+void StepPlan::clip_on_device(double kind, double max_norm, uintptr_t result, uintptr_t found_inf) {
+  prepare();
+  const Place& place = only_place();
+  Executor& executor = *place.executor;
+  const gpu::Stream stream = stream_of(place);
+  auto* const norm = reinterpret_cast<double*>(result);
+  executor.measure(plan_.tensors, norm_kind(kind), GradientScale(), max_norm, norm, reinterpret_cast<float*>(found_inf),
+                   stream);
+  executor.scale_gradients(plan_.tensors, norm + 1, 1.0, stream);
 }
 
 py::list StepPlan::written() {

@@ -8,18 +8,31 @@
 #include <string>
 #include <vector>
 
+#include "multi_tensor/executor.h"
 #include "multi_tensor/plan.h"
 
 namespace stepladder {
 
 namespace py = pybind11;
 
+// DLPack's numbers for devices.
+struct DeviceId {
+  int type = 1, index = 0;
+  bool operator==(const DeviceId& other) const { return type == other.type && index == other.index; }
+};
+constexpr int kCpuDevice = 1;
+#if defined(SL_EMULATED)
+constexpr int kGpuDevice = kCpuDevice;  // the emulator's memory is the host's
+#else
+constexpr int kGpuDevice = 2;
+#endif
+
 // The memory that a tensor views.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::f32;
   bool complex = false;
-  bool on_cpu = true;
+  DeviceId device;
   int ndim = 0;
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;  // elements
@@ -29,7 +42,8 @@ struct TensorView {
 class TensorReader {
  public:
   // exchange: torch.Tensor.__dlpack_c_exchange_api__ or None.
-  // describe: tensor -> (pointer, sizes, strides, dtype name, is on the CPU), used where exchange is None.
+  // describe: tensor -> (pointer, sizes, strides, dtype name, device type, device index), the device in
+  // DLPack's numbers; used where exchange is None.
   TensorReader(py::object exchange, py::object describe);
 
   // False, with no Python error set, where the tensor has no plain memory of a supported dtype.
@@ -47,7 +61,9 @@ class TensorReader {
 class StepPlan {
  public:
   // shares_memory: list of tensors -> whether anything else holds on to the memory of one of them.
-  StepPlan(py::object exchange, py::object describe, py::object shares_memory);
+  // stream: GPU index -> handle of the stream that is current there.
+  // triton: device type in DLPack's number, index -> what TableExecutor takes; None where there is no Triton.
+  StepPlan(py::object exchange, py::object describe, py::object shares_memory, py::object stream, py::object triton);
 
   // Forgets everything, then takes over the groups: a list of (param_group, rule name, watched keys).
   void reset(const py::list& groups);
@@ -61,26 +77,41 @@ class StepPlan {
   // somebody asks. `attributes` is the optimizer's __dict__.
   py::object refresh(const py::list& param_groups, const py::dict& attributes, bool touched);
 
-  // Binds parameter `index`. `state` is its state dict, `step` its step tensor or None; `timed`: the rule
-  // counts time by it. `fresh`: the states were just created. `seed`: for stochastic rounding, or None.
-  void bind(int index, const py::object& grad, const py::object& state, const py::object& step, bool timed, bool fresh,
-            bool negate, const py::object& seed);
-  // Binds every parameter's gradient, without states; returns the indices whose tensors cannot be read here.
-  std::vector<int> bind_gradients();
+  // Binds parameter `index` to a backend, "cpu", "cuda" or "triton". `state` is its state dict, `step` its step tensor
+  // or None; `timed`: the rule counts time by it. `fresh`: the states were just created. `clock`: on a GPU, for a rule
+  // that is not timed, a float32 tensor on the device that counts in place of `fresh`. `seed`: for stochastic rounding,
+  // or None.
+  void bind(int index, const std::string& backend, const py::object& grad, const py::object& state,
+            const py::object& step, const py::object& clock, bool timed, bool fresh, bool negate,
+            const py::object& seed);
+  // Binds every parameter's gradient, without states; `backends` names one for each parameter, and one of
+  // another name is left to whoever has it. Returns the indices of these.
+  std::vector<int> bind_gradients(const std::vector<std::string>& backends);
   // Leaves parameter `index` to another executor.
   void skip(int index);
 
   // Indices that have a gradient at this step, skipped ones included. After refresh().
   std::vector<int> active() const;
 
-  // Norm of all bound gradients over `inverse_scale`; kind is 1, 2 or inf.
+  // (backend, index of the GPU) by which all work of the next step is done; None where some is done elsewhere,
+  // or all on the CPU.
+  py::object only_device();
+
+  // Norm of all bound gradients times `inverse_scale`, and whether all their elements are finite; kind is 1, 2
+  // or inf. Waits for the devices.
   std::pair<double, bool> norm(double kind, double inverse_scale, int threads);
   std::vector<double> partials() const;
   void scale_gradients(double factor, int threads);
+  // The same without waiting, for only_device(): norm and factor go to the two doubles at `result`.
+  void clip_on_device(double kind, double max_norm, uintptr_t result, uintptr_t found_inf);
 
   // The step. After refresh() returned no index. `announce` is called with the list of the parameters that
   // are written, by this thread while others already work.
   void run(const py::object& inverse_scale, double clip_factor, int threads, const py::object& announce);
+  // The same for only_device(), with what GradScaler left there: addresses of a float each, or 0. `max_norm`: to
+  // which gradients are clipped, or 0; the norm is then found in device_norm().
+  void run_on_device(uintptr_t grad_scale, uintptr_t found_inf, double max_norm, const py::object& announce);
+  double device_norm();
   // Lets go of this step's gradients.
   void release();
 
@@ -112,7 +143,7 @@ class StepPlan {
   };
 
   struct Bound {
-    py::object param, state, step;
+    py::object param, state, step, clock;
     py::object states[kMaxStates];
     py::object grad;  // held from refresh() to release()
     PyTypeObject* grad_type = nullptr;
@@ -120,6 +151,7 @@ class StepPlan {
     void* step_data = nullptr;
     Signature param_signature, grad_signature;
     Footprint footprint;
+    DeviceId device;
     int group = 0;
     bool step_is_double = false;
     bool bound = false;
@@ -137,24 +169,39 @@ class StepPlan {
     Rule rule = Rule::count;
     std::vector<py::object> hyper_keys, state_keys;
     std::vector<std::pair<py::object, py::object>> watched;  // key, value at reset()
-    double hyper[kMaxHyper] = {};
+    GroupValues values;
+    std::vector<int> executors;  // to which some of its parameters were bound
+  };
+
+  // A GPU, and whose kernels work on it.
+  struct Place {
+    std::string backend;
+    DeviceId device;
+    std::unique_ptr<Executor> executor;
   };
 
   bool same_structure(const py::list& param_groups) const;
   void read_hyper(Group& group);
+  bool is_at_hand(const Group& group, const TensorView& lr) const;
   bool still_valid(int index, PyObject* mapping);
   bool states_still_valid(const Bound& bound, PyObject* mapping);
   bool memory_shared() const;
   void prefetch(size_t index) const;
   py::list written();
   void prepare();
+  void count_steps();
+  int executor_for(const std::string& backend, const DeviceId& device);
+  Place& only_place();
+  gpu::Stream stream_of(const Place& place) const;
 
   TensorReader reader_;
   const CpuKernels* kernels_;
   py::object shares_memory_;
+  py::object stream_, triton_;
   Plan plan_;
+  std::vector<Place> places_;  // by the tensors' executor
   std::vector<Bound> bound_;
-  std::vector<Group> groups_;
+  std::vector<Group> groups_;  // tensors point into it
   py::object written_;
   bool stale_schedule_ = true;
   bool states_trusted_ = false;

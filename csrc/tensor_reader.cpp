@@ -32,7 +32,6 @@ struct ExchangeTable {
   void* current_work_stream;
 };
 
-constexpr int kDLCPU = 1;
 constexpr int kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5;
 
 }  // namespace
@@ -53,7 +52,7 @@ bool TensorReader::read(PyObject* tensor, TensorView* view) {
     return false;
   }
   view->data = static_cast<char*>(t.data) + t.byte_offset;
-  view->on_cpu = t.device.type == kDLCPU;
+  view->device = {t.device.type, t.device.id};
   view->ndim = t.ndim;
   view->sizes = t.shape;
   view->strides = t.strides;
@@ -77,7 +76,7 @@ bool TensorReader::read_described(PyObject* tensor, TensorView* view) {
   sizes_ = fields[1].cast<std::vector<int64_t>>();
   strides_ = fields[2].cast<std::vector<int64_t>>();
   const auto dtype = fields[3].cast<std::string>();
-  view->on_cpu = fields[4].cast<bool>();
+  view->device = {fields[4].cast<int>(), fields[5].cast<int>()};
   view->ndim = static_cast<int>(sizes_.size());
   view->sizes = sizes_.data();
   view->strides = strides_.data();

@@ -16,6 +16,26 @@ SIZES = (0, 1, 3, 31, 4097, 1_000_003)
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """What is held against the reference, and how large the tensors may be.
+
+    Attributes:
+        backend: As the optimizers take it.
+        device: Where the parameters are.
+        largest: Elements; kernels that are emulated are slow.
+    """
+
+    backend: str
+    device: str = "cpu"
+    largest: int = SIZES[-1]
+
+    @property
+    def sizes(self) -> list[int]:
+        """SIZES as far as they go; the last tensor is empty."""
+        return [*(min(n, self.largest) for n in SIZES), 0]
+
+
+@dataclass(frozen=True)
 class Case:
     """One optimizer with hyper-parameters that select one rule of rules.def."""
 
@@ -84,7 +104,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
-    a, b = a.detach().contiguous(), b.detach().contiguous()
+    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
     equal = (a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())
     return a.dtype == b.dtype and a.shape == b.shape and bool(equal.all())
 
@@ -110,7 +130,7 @@ def assert_same(ours: Any, reference: Any) -> None:
 
 
 def _first_difference(a: Tensor, b: Tensor) -> str:
-    a, b = a.detach().reshape(-1), b.detach().reshape(-1)
+    a, b = a.detach().cpu().reshape(-1), b.detach().cpu().reshape(-1)
     at = ((a != b) & ~(a.isnan() & b.isnan())).nonzero().view(-1)
     if len(at) == 0:
         return "in the sign of a zero"
@@ -118,11 +138,21 @@ def _first_difference(a: Tensor, b: Tensor) -> str:
     return f"at {len(at)} of {a.numel()} places, first {i}: {a[i].item()!r} against {b[i].item()!r}"
 
 
-def twins(tensors: list[Tensor]) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """Two lists of parameters with the same values and layouts."""
+def moved(x: Tensor, device: str) -> Tensor:
+    """The same view, strides and offset too, of the same storage on another device."""
+    if device == "cpu":
+        return x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
-    def copy(x: Tensor) -> torch.nn.Parameter:
-        base = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-        return torch.nn.Parameter(base.copy_(x))
 
-    return [copy(x) for x in tensors], [copy(x) for x in tensors]
+def twins(tensors: list[Tensor], device: str = "cpu") -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Two lists of parameters with the same values and layouts, the first on `device`."""
+
+    def copy(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+
+    return (
+        [torch.nn.Parameter(moved(copy(x.detach()), device)) for x in tensors],
+        [torch.nn.Parameter(copy(x.detach())) for x in tensors],
+    )

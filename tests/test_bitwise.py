@@ -1,10 +1,10 @@
-"""The CPU kernels against the reference: the same bits for every rule, dtype, layout and vector width."""
+"""Every backend against the reference: the same bits for every rule, dtype, layout and vector width."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, DTYPES, SIZES, Case, assert_same, gradient, same_bits, twins, with_infinities
+from cases import CASES, DTYPES, Case, Kernels, assert_same, gradient, moved, same_bits, twins, with_infinities
 
 import stepladder as sl
 from stepladder import _C, reference
@@ -20,8 +20,9 @@ def run(ours, theirs, gradients, steps=10):
     for step in range(steps):
         for group, other in zip(ours.param_groups, theirs.param_groups, strict=True):
             for i, (p, q) in enumerate(zip(group["params"], other["params"], strict=True)):
-                p.grad = gradients(i, step, p)
-                q.grad = None if p.grad is None else p.grad.clone(memory_format=torch.preserve_format)
+                q.grad = gradients(i, step, q)
+                g = None if q.grad is None else q.grad.clone(memory_format=torch.preserve_format)
+                p.grad = None if g is None else moved(g, p.device.type)
         ours.step()
         theirs.step()
         assert_same(ours, theirs)
@@ -36,17 +37,16 @@ def test_every_rule_has_a_case_and_a_reference():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_sizes(case: Case, dtype: torch.dtype):
-    tensors = [torch.randn(n, dtype=torch.float64).to(dtype) for n in SIZES]
-    p, q = twins(tensors)
+def test_sizes(case: Case, dtype: torch.dtype, kernels: Kernels):
+    tensors = [torch.randn(n, dtype=torch.float64).to(dtype) for n in kernels.sizes]
+    p, q = twins(tensors, kernels.device)
     base = misaligned(4099, dtype)
-    p.append(torch.nn.Parameter(base.clone().as_strided(base.shape, base.stride())))
-    p[-1].data = misaligned(4099, dtype).copy_(base)
     q.append(torch.nn.Parameter(base.clone()))
+    p.append(torch.nn.Parameter(moved(base, kernels.device)))
     assert p[-1].data_ptr() % 16 != 0
     generator = torch.Generator().manual_seed(1)
     run(
-        case.make(p, backend="cpu"),
+        case.make(p, backend=kernels.backend),
         case.make(q, backend="reference"),
         lambda i, step, x: gradient(x.shape, dtype, generator),
     )
@@ -57,15 +57,15 @@ def test_sizes(case: Case, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_infinities_and_nan(case: Case, dtype: torch.dtype):
-    p, q = twins([torch.randn(n, dtype=torch.float64).to(dtype) for n in (31, 4097, 20_000)])
+def test_infinities_and_nan(case: Case, dtype: torch.dtype, kernels: Kernels):
+    p, q = twins([torch.randn(n, dtype=torch.float64).to(dtype) for n in (31, 4097, 20_000)], kernels.device)
     generator = torch.Generator().manual_seed(2)
 
     def gradients(i, step, x):
         g = gradient(x.shape, dtype, generator)
         return with_infinities(g) if step >= 3 else g
 
-    run(case.make(p, backend="cpu"), case.make(q, backend="reference"), gradients)
+    run(case.make(p, backend=kernels.backend), case.make(q, backend="reference"), gradients)
     assert p[1].isnan().any()
 
 
@@ -82,10 +82,10 @@ def test_vector_widths(case: Case, isa: str):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fp32_state(case: Case, dtype: torch.dtype):
-    p, q = twins([torch.randn(n, dtype=torch.float64).to(dtype) for n in (3, 4097, 9000)])
+def test_fp32_state(case: Case, dtype: torch.dtype, kernels: Kernels):
+    p, q = twins([torch.randn(n, dtype=torch.float64).to(dtype) for n in (3, 4097, 9000)], kernels.device)
     generator = torch.Generator().manual_seed(4)
-    ours = case.make(p, backend="cpu", state_dtype=torch.float32)
+    ours = case.make(p, backend=kernels.backend, state_dtype=torch.float32)
     run(
         ours,
         case.make(q, backend="reference", state_dtype=torch.float32),
@@ -109,11 +109,11 @@ LAYOUTS = {
 @pytest.mark.parametrize("rounding", [False, True], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_layouts(case: Case, layout: str, rounding: bool):
+def test_layouts(case: Case, layout: str, rounding: bool, kernels: Kernels):
     """Parameters of every layout, with gradients of the same, of contiguous, and of expanded layout."""
     dtype = torch.bfloat16
     tensors = [LAYOUTS[layout](dtype) for _ in range(3)]
-    p, q = twins(tensors)
+    p, q = twins(tensors, kernels.device)
     options = {"stochastic_rounding": True, "seed": 11} if rounding else {}
     generator = torch.Generator().manual_seed(5)
 
@@ -125,19 +125,20 @@ def test_layouts(case: Case, layout: str, rounding: bool):
             return g[:1].expand(x.shape)
         return g
 
-    ours, theirs = case.make(p, backend="cpu", **options), case.make(q, backend="reference", **options)
+    ours, theirs = case.make(p, backend=kernels.backend, **options), case.make(q, backend="reference", **options)
     for step in range(4):
         for i, (a, b) in enumerate(zip(p, q, strict=True)):
-            a.grad = gradients(i, step, a)
-            b.grad = a.grad
+            b.grad = gradients(i, step, b)
+            a.grad = moved(b.grad, kernels.device)
         ours.step()
         theirs.step()
         assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_stochastic_rounding(case: Case):
-    p, q = twins([torch.randn(n).to(torch.bfloat16) for n in (1, 7, 31, 4097, 70_001)] + [torch.randn(9)])
+def test_stochastic_rounding(case: Case, kernels: Kernels):
+    sizes = (1, 7, 31, 4097, min(70_001, kernels.largest))
+    p, q = twins([torch.randn(n).to(torch.bfloat16) for n in sizes] + [torch.randn(9)], kernels.device)
     options = {"stochastic_rounding": True, "seed": 2**63 + 12345}
     generator = torch.Generator().manual_seed(6)
     nearest, _ = twins(list(p))
@@ -147,7 +148,7 @@ def test_stochastic_rounding(case: Case):
         g = gradient(x.shape, x.dtype, generator)
         return with_infinities(g) if i == 3 else g
 
-    ours = case.make(p, backend="cpu", **options)
+    ours = case.make(p, backend=kernels.backend, **options)
     run(ours, case.make(q, backend="reference", **options), gradients)
     for a, b in zip(nearest, p, strict=True):
         a.grad = b.grad
@@ -183,15 +184,15 @@ def test_rounding_does_not_depend_on_threads_or_layout():
 
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype):
+def test_gradients_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype, kernels: Kernels):
     if not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("this torch has no Tensor.grad_dtype")
-    p, q = twins([torch.randn(n).to(dtype) for n in (5, 5000)])
+    p, q = twins([torch.randn(n).to(dtype) for n in (5, 5000)], kernels.device)
     for x in (*p, *q):
         x.grad_dtype = grad_dtype
     generator = torch.Generator().manual_seed(7)
     run(
-        sl.AdamW(p, backend="cpu"),
+        sl.AdamW(p, backend=kernels.backend),
         sl.AdamW(q, backend="reference"),
         lambda i, step, x: gradient(x.shape, grad_dtype, generator),
         steps=3,
@@ -199,13 +200,13 @@ def test_gradients_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_groups_with_their_own_hyper_parameters(case: Case):
+def test_groups_with_their_own_hyper_parameters(case: Case, kernels: Kernels):
     tensors = [torch.randn(50 + i, dtype=torch.float64).to(DTYPES[i % 4]) for i in range(12)]
-    p, q = twins(tensors)
+    p, q = twins(tensors, kernels.device)
     groups = [[{"params": x[i : i + 3], "lr": 0.01 * (i + 1)} for i in range(0, 12, 3)] for x in (p, q)]
     generator = torch.Generator().manual_seed(8)
     run(
-        case.make(groups[0], backend="cpu"),
+        case.make(groups[0], backend=kernels.backend),
         case.make(groups[1], backend="reference"),
         # Gradients come and go, so that step counts differ within a group.
         lambda i, step, x: None if (i + step) % 3 == 0 else gradient(x.shape, x.dtype, generator),
@@ -214,11 +215,12 @@ def test_groups_with_their_own_hyper_parameters(case: Case):
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if c.optimizer.complex_parameters], ids=str)
-def test_complex(case: Case, dtype: torch.dtype):
-    p, q = twins([torch.randn(5, dtype=dtype), torch.randn(70, 40, dtype=dtype).t(), torch.randn((), dtype=dtype)])
+def test_complex(case: Case, dtype: torch.dtype, kernels: Kernels):
+    tensors = [torch.randn(5, dtype=dtype), torch.randn(70, 40, dtype=dtype).t(), torch.randn((), dtype=dtype)]
+    p, q = twins(tensors, kernels.device)
     generator = torch.Generator().manual_seed(9)
     run(
-        case.make(p, backend="cpu"),
+        case.make(p, backend=kernels.backend),
         case.make(q, backend="reference"),
         lambda i, step, x: torch.randn(x.shape, dtype=dtype, generator=generator),
         steps=4,

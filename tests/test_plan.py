@@ -306,7 +306,9 @@ def test_one_gradient_for_two_parameters():
 
 def test_without_the_exchange_table(monkeypatch):
     """A torch without DLPack's exchange table is read through Python attributes, with the same results."""
-    monkeypatch.setattr(engine, "new_plan", lambda: _C.StepPlan(None, engine.describe, engine.shares_memory))
+    monkeypatch.setattr(
+        engine, "new_plan", lambda: _C.StepPlan(None, engine.describe, engine.shares_memory, engine.current_stream)
+    )
     tensors = [torch.randn(30), torch.randn(4, 5).t(), torch.randn(9).bfloat16(), torch.randn(3, dtype=torch.complex64)]
     p, q = twins(tensors)
     ours = sl.AdamW(p, backend="cpu")

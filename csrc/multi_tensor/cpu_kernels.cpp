@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "common/philox.h"
+#include "multi_tensor/sums.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -25,17 +26,6 @@ constexpr int kMaxDims = 64;
 template <class T>
 struct Stage {
   alignas(64) T columns[kColumns][kBlock];
-};
-
-template <class T>
-struct dtype_of;
-template <>
-struct dtype_of<double> {
-  static constexpr DType value = DType::f64;
-};
-template <>
-struct dtype_of<float> {
-  static constexpr DType value = DType::f32;
 };
 
 template <class T, class S>
@@ -334,37 +324,6 @@ static T fold_leaves(T* leaves, int64_t n, Join join) {
   return leaves[0];
 }
 
-struct AddSquare {
-  template <class T>
-  T operator()(T sum, T x) const {
-    return sum + x * x;
-  }
-};
-struct AddMagnitude {
-  template <class T>
-  T operator()(T sum, T x) const {
-    return sum + (x < T(0) ? -x : x);
-  }
-};
-struct MaxMagnitude {
-  template <class T>
-  T operator()(T largest, T x) const {
-    return maximum(largest, x < T(0) ? -x : x);
-  }
-};
-struct Add {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Max {
-  template <class T>
-  T operator()(T a, T b) const {
-    return maximum(a, b);
-  }
-};
-
 template <class R, class T>
 static void prepare(const Tensor& tensor, int64_t begin, int64_t end, const GradientScale& scale) {
   const auto scalars = *static_cast<const typename R::template Scalars<T>*>(tensor.scalars);
@@ -380,16 +339,17 @@ static void prepare(const Tensor& tensor, int64_t begin, int64_t end, const Grad
       const T* g = access.gradient(at, n, scale, false, stage.columns[kGrad]);
       T* w = access.open(kParam, at, n, stage.columns[kParam]);
       T* states[kMaxStates] = {};
-      for (int k = 0; k < R::kNumStates; ++k) states[k] = access.open(kState + k, at, n, stage.columns[kState + k]);
-      for_each_element<R::kNumStates>(n, w, g, states, [&](T&, T grad, T* state) { R::prepare(scalars, grad, state); });
-      for (int k = 0; k < R::kNumStates; ++k) {
+      for (int k = 0; k < R::kNumPrepared; ++k) states[k] = access.open(kState + k, at, n, stage.columns[kState + k]);
+      for_each_element<R::kNumPrepared>(n, w, g, states,
+                                        [&](T&, T grad, T* state) { R::prepare(scalars, grad, state); });
+      for (int k = 0; k < R::kNumPrepared; ++k) {
         access.close(kState + k, at, n, states[k]);
         if (!access.in_place(kState + k)) access.copy_in(kState + k, at, n, states[k]);
       }
       SL_INDEPENDENT
       for (int64_t i = 0; i < n; ++i) {
         T state[kMaxStates] = {};
-        for (int k = 0; k < R::kNumStates; ++k) state[k] = states[k][i];
+        for (int k = 0; k < R::kNumPrepared; ++k) state[k] = states[k][i];
         T a, b;
         R::measure(scalars, w[i], g[i], state, a, b);
         first[i] = a;

@@ -127,11 +127,11 @@ void Plan::schedule() {
 
   int64_t slots = 0;
   for (size_t i = 0; i < tensors.size(); ++i)
-    if (active[i]) slots += 2 * tensors[i].num_leaves();
+    if (works(i)) slots += 2 * tensors[i].num_leaves();
   leaves_.resize(slots);
   slots = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (!active[i]) continue;
+    if (!works(i)) continue;
     tensors[i].leaves = leaves_.data() + slots;
     slots += 2 * tensors[i].num_leaves();
   }
@@ -146,7 +146,7 @@ void Plan::schedule() {
       for (size_t i = 0; i < tensors.size(); ++i) {
         const Tensor& t = tensors[i];
         const bool is_norm = t.rule != Rule::count && rule_info(t.rule).norms;
-        if (!active[i] || wave_of[i] != wave || is_norm != norms) continue;
+        if (!works(i) || wave_of[i] != wave || is_norm != norms) continue;
         for (int64_t begin = 0; begin < t.numel; begin += kChunk) {
           const int64_t end = std::min(begin + kChunk, t.numel);
           if (bytes >= kItemBytes) {
@@ -187,7 +187,7 @@ void Plan::for_each_chunk(const std::vector<Item>& items, int threads, Body body
   }
 }
 
-double Plan::norm(Norm kind, double inverse_scale, const CpuKernels& kernels, int threads, bool* finite) {
+void Plan::measure(Norm kind, double inverse_scale, const CpuKernels& kernels, int threads, bool* finite) {
   int not_finite = 0;
   for (const auto& items : waves_) {
     for_each_chunk(
@@ -201,13 +201,15 @@ double Plan::norm(Norm kind, double inverse_scale, const CpuKernels& kernels, in
         nothing);
   }
   *finite = not_finite == 0;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (works(i)) partials_[i] = kernels.fold[arithmetic_index(tensors[i])](tensors[i], kind);
+}
+
+double Plan::total_norm(Norm kind) {
   std::vector<double>& folded = fold_scratch_;
   folded.clear();
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (!active[i]) continue;
-    partials_[i] = kernels.fold[arithmetic_index(tensors[i])](tensors[i], kind);
-    folded.push_back(partials_[i]);
-  }
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (active[i]) folded.push_back(partials_[i]);
   const double total = fold_partials(folded, kind);
   return kind == Norm::l2 ? std::sqrt(total) : total;
 }

@@ -41,13 +41,19 @@ class Plan {
   // rule, hyper-parameters and step count, or -1.
   void set_scalars(int i, const double* hyper, int64_t step, int reuse);
 
-  // To be called when a tensor, its layout or the active set has changed, before norm(), scale(), run().
+  // To be called when a tensor, its layout or the active set has changed, before norm(), scale(), run(), which
+  // take the tensors that are on the CPU.
   void schedule();
+  // Of each tensor: parameters that share memory must be stepped one after another, in waves.
+  std::vector<int> assign_waves() const;
 
-  // Norm of all active gradients times inverse_scale, by the fixed tree; `finite` looks at elements.
-  double norm(Norm kind, double inverse_scale, const CpuKernels& kernels, int threads, bool* finite);
+  // Parts of the norm of all active gradients times inverse_scale, by the fixed tree; `finite` looks at elements.
+  void measure(Norm kind, double inverse_scale, const CpuKernels& kernels, int threads, bool* finite);
   // One tensor's part of it: the sum of squares or magnitudes, or the largest magnitude. After norm().
   double partial(int i) const { return partials_[i]; }
+  void set_partial(int i, double value) { partials_[i] = value; }
+  // Of all active tensors, wherever they are.
+  double total_norm(Norm kind);
 
   void scale(double factor, const CpuKernels& kernels, int threads);
   // `prologue` is called once, by the calling thread, while others already work.
@@ -58,9 +64,9 @@ class Plan {
     char bytes[128];
   };
 
+  bool works(size_t i) const { return active[i] && tensors[i].executor == kOnCpu; }
   template <class Body, class Prologue>
   void for_each_chunk(const std::vector<Item>& items, int threads, Body body, Prologue prologue) const;
-  std::vector<int> assign_waves() const;
 
   std::vector<Chunk> chunks_;
   std::vector<std::vector<Item>> waves_;       // items whose writes do not overlap; waves run one after another

@@ -28,11 +28,22 @@ struct Layout {
   std::vector<int64_t> strides[kColumns];
 };
 
+// What every parameter of a group shares on a GPU.
+struct GroupValues {
+  double hyper[kMaxHyper] = {};
+  const void* lr_address = nullptr;  // of a learning rate on the device, in place of hyper[0]
+  bool lr_is_double = false;
+  uint64_t seed = 0;
+};
+
+constexpr int kOnCpu = -1;
+
 struct Tensor {
   Column columns[kColumns];
   int64_t numel = 0;
   int num_columns = kColumns;
   Rule rule = Rule::count;
+  int executor = kOnCpu;          // else the GPU executor that steps it
   DType arithmetic = DType::f32;  // f64 for fp64 parameters, else f32
 
   // Contiguous: memory order is logical order in every column. Uniform: some other dense order that all
@@ -49,6 +60,13 @@ struct Tensor {
   uint32_t step = 0;
   uint32_t index = 0;
 
+  // On a GPU the kernels count: the optimizer's step count, or null, and the count by which the rule tells
+  // time, float where it is another.
+  void* step_data = nullptr;
+  void* clock = nullptr;
+  bool step_is_double = false;
+  const GroupValues* group = nullptr;
+
   void* leaves = nullptr;  // two sums for each leaf, in the arithmetic type: [2, num_leaves]
   double ratio = 1.0;      // of a norm-based rule, made from its norms
 
@@ -60,12 +78,16 @@ struct Tensor {
   }
 };
 
-// How gradients are read in one launch: unscale, then clip.
+// How gradients are read in one launch: unscale, then clip. On a GPU by numbers that are there, where an
+// address is given.
 struct GradientScale {
   bool unscale = false;  // multiply by inverse_scale and write the result back
   bool clip = false;
   double inverse_scale = 1.0;
   double clip_factor = 1.0;
+  const float* grad_scale = nullptr;
+  const double* clip_address = nullptr;
+  const float* found_inf = nullptr;  // not 0: nothing is stepped
 };
 
 enum class Norm : int { l1 = 0, l2 = 1, inf = 2 };

@@ -12,6 +12,7 @@ struct Lamb {
   static constexpr const char* kHyper = "lr betas eps weight_decay";
   static constexpr const char* kStates = "exp_avg exp_avg_sq";
   static constexpr int kNumStates = 2;
+  static constexpr int kNumPrepared = 2;  // of them, those that the first pass reads or writes
 
   struct Hyper {
     double lr, beta1, beta2, eps, weight_decay;

@@ -12,6 +12,7 @@ struct Lars {
   static constexpr const char* kHyper = "lr momentum weight_decay trust_coefficient eps";
   static constexpr const char* kStates = "momentum_buffer";
   static constexpr int kNumStates = 1;
+  static constexpr int kNumPrepared = 0;  // of them, those that the first pass reads or writes
 
   struct Hyper {
     double lr, momentum, weight_decay, trust_coefficient, eps;

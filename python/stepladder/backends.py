@@ -34,17 +34,21 @@ def _cuda_missing() -> str | None:
         return "stepladder was built without nvcc"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return "this release has no CUDA kernels for the step"
+    devices, reason = _C.cuda()
+    return None if devices else f"stepladder's CUDA runtime finds no device: {reason}"
 
 
 def _triton_missing() -> str | None:
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         return "triton is not installed"
-    if not torch.cuda.is_available():
+    version = triton.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
+        return f"triton {version} is installed, stepladder's kernels need 3.6"
+    if not torch.cuda.is_available() and not torch.xpu.is_available():
         return "torch sees no GPU"
-    return "this release has no Triton kernels for the step"
+    return None
 
 
 # In the order in which the automatic choice tries them.
@@ -54,6 +58,8 @@ TABLE = (
     Backend("cpu", ("cpu",), lambda: None),
     Backend("reference", (), lambda: None),
 )
+# Those whose kernels run on a GPU, and count steps there.
+ON_GPU = ("cuda", "triton")
 NAMES = tuple(backend.name for backend in TABLE)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from stepladder import reference
+from stepladder import _C, backends, reference
 from stepladder.optim.engine import check_gradient, clip_factor, new_plan
 
 
@@ -23,6 +24,8 @@ def clip_grad_norm_(
     found_inf: Tensor | None = None,
 ) -> Tensor:
     """Scale all gradients in place so that their norm is at most `max_norm`.
+
+    On a GPU nothing waits for the device, unless `error_if_nonfinite` asks for it.
 
     As torch.nn.utils.clip_grad_norm_: gradients are multiplied by min(1, max_norm/(norm + 1e-6)). The norm is
     summed by a fixed tree in fp32 (fp64 for fp64 parameters), the same bits with any number of threads, and
@@ -59,12 +62,25 @@ def clip_grad_norm_(
         grads.append(p.grad)
 
     threads = torch.get_num_threads()
-    plan = new_plan()
+    plan = _plan()
     plan.reset([({"params": graded}, "", ())])
-    others = plan.bind_gradients()
     wide = any(p.dtype in (torch.float64, torch.complex128) for p in graded)
+    result_dtype = torch.float64 if wide else torch.float32
     try:
-        if norm_type in (1.0, 2.0, math.inf):
+        others = plan.bind_gradients([backends.choose(None, p.device.type) for p in graded])
+        device = plan.only_device()
+        fixed_tree = norm_type in (1.0, 2.0, math.inf)
+        if device is not None and fixed_tree and (found_inf is None or found_inf.device == grads[0].device):
+            norm_and_factor = torch.empty(2, dtype=torch.float64, device=grads[0].device)
+            flag = torch.empty(1, dtype=torch.float32, device=grads[0].device)
+            if error_if_nonfinite:
+                _raise_if_nonfinite(plan.norm(norm_type, 1.0, threads)[0], norm_type)
+            plan.clip_on_device(norm_type, max_norm, norm_and_factor.data_ptr(), flag.data_ptr())
+            if found_inf is not None:
+                found_inf.copy_(flag.reshape(found_inf.shape))
+            torch._C._increment_version(grads)
+            return norm_and_factor[0].to(result_dtype)
+        if fixed_tree:
             norm, finite = plan.norm(norm_type, 1.0, threads)
             if others:
                 partials = plan.partials()
@@ -78,12 +94,8 @@ def clip_grad_norm_(
             finite = all(bool(g.isfinite().all()) for g in grads)
         if found_inf is not None:
             found_inf.fill_(0.0 if finite else 1.0)
-        if error_if_nonfinite and not math.isfinite(norm):
-            raise RuntimeError(
-                f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
-                "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-                "`error_if_nonfinite=False`"
-            )
+        if error_if_nonfinite:
+            _raise_if_nonfinite(norm, norm_type)
         factor = clip_factor(norm, max_norm)
         if factor != 1.0:
             plan.scale_gradients(factor, threads)
@@ -91,6 +103,25 @@ def clip_grad_norm_(
                 grads[index].mul_(factor)
             torch._C._increment_version(grads)
     finally:
-        plan.release()
-    device = graded[0].device if graded else torch.device("cpu")
-    return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device=device)
+        plan.reset([])
+    return torch.tensor(norm, dtype=result_dtype, device=graded[0].device if graded else torch.device("cpu"))
+
+
+def _raise_if_nonfinite(norm: float, norm_type: float) -> None:
+    if not math.isfinite(norm):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+
+
+_plans = threading.local()
+
+
+def _plan() -> _C.StepPlan:
+    """This thread's plan: its memory on a GPU is kept from call to call."""
+    if not hasattr(_plans, "plan"):
+        _plans.plan = new_plan()
+    plan: _C.StepPlan = _plans.plan
+    return plan

@@ -4,6 +4,7 @@ import click
 
 from stepladder.bench.cli import bench
 from stepladder.cli.info import info
+from stepladder.cli.profile import profile
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -14,3 +15,4 @@ def main() -> None:
 
 main.add_command(info)
 main.add_command(bench)
+main.add_command(profile)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from stepladder import backends
 from stepladder.optim import checks
 from stepladder.optim.base import Group, Optimizer, Options, Params
-from stepladder.optim.state import create_state
+from stepladder.optim.state import create_state, step_device
 
 
 class Adagrad(Optimizer):
@@ -65,7 +66,8 @@ class Adagrad(Optimizer):
         # As torch's: the sums exist from the start, so that share_memory() can share them.
         for group in self.param_groups:
             for p in group["params"]:
-                create_state(type(self), self.state[p], p, group)
+                device = step_device(backends.choose(self._backend, p.device.type), p)
+                create_state(type(self), self.state[p], p, group, device)
 
     @staticmethod
     def rule(group: Group) -> str:

@@ -201,7 +201,8 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
         for key, entry in state_dict["state"].items():
             if key in owners:
                 param, group = owners[key]
-                new_state[param] = checked_state(type(self), key, entry, param, group)
+                backend = backends.choose(self._backend, param.device.type)
+                new_state[param] = checked_state(type(self), key, entry, param, group, backend)
             elif isinstance(key, int):
                 raise ValueError(f"loaded state dict has state for parameter {key}, which is in none of its groups")
             else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from stepladder import _C, backends, reference
 from stepladder.optim.state import (
     RULES,
     check_complete,
+    check_step,
     check_tensor,
     checked_step,
     create_state,
     has_step,
+    step_device,
 )
 
 if TYPE_CHECKING:
@@ -33,12 +36,17 @@ COMPLEX_DTYPES = (torch.complex128, torch.complex64)
 CLIP_EPS = 1e-6
 
 
-def describe(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], str, bool] | None:
+# DLPack's numbers of devices.
+_DEVICE_TYPES = {"cpu": 1, "cuda": 2, "xpu": 14}
+
+
+def describe(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], str, int, int] | None:
     """What the plan needs of a tensor, for a torch without DLPack's exchange table."""
     if tensor.layout != torch.strided:
         return None
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, tensor.device.type == "cpu"
+    device = _DEVICE_TYPES.get(tensor.device.type, 0), tensor.device.index or 0
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, *device
 
 
 def _holders(tensor: Tensor) -> tuple[int, int]:
@@ -55,8 +63,33 @@ def shares_memory(tensors: list[Tensor]) -> bool:
     return any(_holders(tensor) != _SOLE_HOLDERS for tensor in tensors)
 
 
+def current_stream(device: int) -> int:
+    """Handle of the stream that is current on a GPU."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Whether kernels can read a scalar where it is, without the host waiting for it."""
+    return isinstance(value, Tensor) and value.device.type in ("cuda", "xpu")
+
+
+def triton_executor(device_type: int, index: int) -> Any:
+    """What steps parameters on a device by Triton kernels; Triton is loaded here."""
+    from stepladder.triton_kernels.executor import Executor
+
+    names = {number: name for name, number in _DEVICE_TYPES.items()}
+    return Executor(torch.device(names.get(device_type, "cuda"), index))  # ROCm has a number of its own
+
+
 def new_plan() -> _C.StepPlan:
-    return _C.StepPlan(getattr(Tensor, "__dlpack_c_exchange_api__", None), describe, shares_memory)
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return _C.StepPlan(exchange, describe, shares_memory, current_stream, triton_executor)
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -140,8 +173,22 @@ def check_parameter(param: Tensor, family: type[Optimizer], group: Group, where:
         )
     if group.get("stochastic_rounding") and param.dtype == torch.float16:
         raise ValueError(f"stochastic_rounding=True rounds to bfloat16, {where} has dtype torch.float16")
-    if group.get("capturable") and param.device.type == "cpu":
-        raise ValueError(f"capturable=True needs parameters on a GPU, {where} is on {param.device}")
+
+
+def check_storage(param: Tensor, group: Group, state: dict[str, Any], family: type[Optimizer], where: str) -> None:
+    """Refuse states whose dtype the kernels of a GPU do not store beside this parameter's.
+
+    Raises:
+        TypeError: Names the state and the dtypes that are possible.
+    """
+    allowed = {param.dtype, torch.complex64 if param.is_complex() else torch.float32}
+    dtypes = {name: state[name].dtype for name in RULES[family.rule(group)]["states"] if state.get(name) is not None}
+    for name, dtype in dtypes.items():
+        if dtype not in allowed or dtype != next(iter(dtypes.values())):
+            raise TypeError(
+                f"the state {name!r} of {where} has dtype {dtype}; on a GPU all states of a {param.dtype} parameter "
+                f"have one dtype out of {sorted(map(str, allowed))}"
+            )
 
 
 class WatchedState:
@@ -184,7 +231,8 @@ class Engine:
         self.family = family
         self.backend = backend
         self.max_norm = max_norm
-        self.grad_norm: float | None = None
+        self._grad_norm: float | None = None
+        self._norm_on_device = False
         self.plan = new_plan()
         # Where parameter i stands: its group, and its position in it.
         self._places: list[tuple[int, int]] = []
@@ -193,14 +241,23 @@ class Engine:
         # Those among them whose states were just created.
         self._fresh: set[int] = set()
 
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of all gradients before clipping, as of the last step; on a GPU, this waits for it."""
+        if self._norm_on_device:
+            self._grad_norm, self._norm_on_device = self.plan.device_norm(), False
+        return self._grad_norm
+
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """One step; `grad_scale` and `found_inf` on the optimizer are GradScaler's."""
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0.0:
+        # Tensors, or the number 0 where GradScaler has seen no gradient.
+        found_inf: Any = getattr(optimizer, "found_inf", None)
+        grad_scale: Any = getattr(optimizer, "grad_scale", None)
+        if found_inf is not None and not is_on_gpu(found_inf) and float(found_inf) != 0.0:
             return
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
-
+        capturing = is_capturing()
+        if capturing:
+            self._check_capture(optimizer)
         plan = self.plan
         try:
             stale = self._refresh(optimizer)
@@ -208,17 +265,63 @@ class Engine:
                 self._reset(optimizer)
                 stale = self._refresh(optimizer)
             assert stale is not None, "the groups changed during the step"
+            if capturing and self._referred:
+                raise RuntimeError(
+                    "the reference cannot be captured into a CUDA graph (`stepladder info` says why it is used)"
+                )
+            if capturing and stale:
+                raise RuntimeError(
+                    "a step cannot be captured into a CUDA graph while parameters, gradients or states are new to "
+                    "the optimizer: take at least one step with the same tensors before the capture"
+                )
             if stale or self._referred:
                 self._bind(optimizer, stale)
+            announce = torch._C._increment_version if grad_scale is None else _announce_with_gradients
+            device = plan.only_device()
+            if device is not None and all(x is None or is_on_gpu(x) for x in (found_inf, grad_scale)):
+                self._run_on_device(device[1], found_inf, grad_scale, announce)
+                return
+            if found_inf is not None and float(found_inf) != 0.0:
+                return
+            inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
             factor = 1.0
             if self.max_norm is not None:
                 factor = clip_factor(self._norm(optimizer, inverse_scale), self.max_norm)
-            announce = torch._C._increment_version if inverse_scale is None else _announce_with_gradients
             plan.run(inverse_scale, factor, torch.get_num_threads(), announce)
             if self._referred:
                 self._run_reference(optimizer, inverse_scale, factor)
         finally:
             plan.release()
+
+    def _run_on_device(
+        self, device: int, found_inf: Tensor | None, grad_scale: Tensor | None, announce: Callable[[list[Tensor]], Any]
+    ) -> None:
+        """A step of which the host learns nothing: scale, skip and clipping are decided on the GPU."""
+        scalars = []
+        for value in (grad_scale, found_inf):
+            if value is not None and (value.device.index != device or value.dtype != torch.float32):
+                value = value.to(device=torch.device(value.device.type, device), dtype=torch.float32)
+            scalars.append(value)
+        scale, skip = (0 if value is None else value.data_ptr() for value in scalars)
+        self.plan.run_on_device(scale, skip, self.max_norm or 0.0, announce)
+        self._norm_on_device = self.max_norm is not None
+
+    def _check_capture(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse to be captured where a replay would not do what a step does."""
+        name = self.family.__name__
+        for index, group in enumerate(optimizer.param_groups):
+            if not group.get("capturable"):
+                raise RuntimeError(
+                    f"{name}.step() is being captured into a CUDA graph, but group {index} has capturable="
+                    f"{group.get('capturable', False)}: construct the optimizer with capturable=True"
+                )
+            for position, param in enumerate(group["params"]):
+                if param.requires_grad and param.grad is None:
+                    where = describe_parameter(position, group, position)
+                    raise RuntimeError(
+                        f"{name}.step() is being captured into a CUDA graph, but {where} of group {index} has no "
+                        "gradient: a replay could not step it once it has one. Give it a gradient, or freeze it"
+                    )
 
     def _refresh(self, optimizer: torch.optim.Optimizer) -> list[int] | None:
         touched = optimizer._state_touched  # type: ignore[attr-defined]
@@ -260,6 +363,8 @@ class Engine:
             check_parameter(param, family, group, where)
             check_gradient(param.grad, param, name, where)
             backend = backends.choose(self.backend, param.device.type)
+            if group.get("capturable") and backend not in backends.ON_GPU and param.device.type == "cpu":
+                raise ValueError(f"capturable=True needs parameters on a GPU, {where} is on {param.device}")
             state = optimizer.state.get(param, {})
             check_complete(family, state, group, where)
             for key in RULES[family.rule(group)]["states"]:
@@ -270,7 +375,9 @@ class Engine:
                     if has_internal_overlap(state[key]):
                         raise RuntimeError(f"elements of the state {key!r} of {where} share memory")
             if has_step(family, group) and state.get("step") is not None:
-                checked_step(state["step"], where)
+                check_step(state["step"], where)
+            if backend in backends.ON_GPU:
+                check_storage(param, group, state, family, where)
             todo.append((index, param, group, backend, where))
 
         created: set[Tensor] = set()
@@ -280,17 +387,18 @@ class Engine:
             stateful = has_step(family, group) or RULES[family.rule(group)]["states"]
             state = optimizer.state[param] if stateful else {}
             # A parameter that is listed twice has two first steps, as in torch.
-            fresh = create_state(family, state, param, group) or param in created
+            device = step_device(backend, param)
+            fresh = create_state(family, state, param, group, device) or param in created
             if fresh:
                 created.add(param)
             step = state.get("step") if has_step(family, group) else None
             if step is not None and not (
                 isinstance(step, Tensor)
-                and step.device.type == "cpu"
+                and step.device == device
                 and step.dtype in (torch.float32, torch.float64)
                 and step.numel() == 1
             ):
-                step = state["step"] = checked_step(step, where)
+                step = state["step"] = checked_step(step, where, device)
             if backend == "reference":
                 self._referred.add(index)
                 self.plan.skip(index)
@@ -298,11 +406,16 @@ class Engine:
                     self._fresh.add(index)
                 continue
             rounds = group.get("stochastic_rounding") and param.dtype == torch.bfloat16
+            clock = None
+            if backend in backends.ON_GPU and not family.timed and RULES[family.rule(group)]["states"]:
+                clock = torch.full((), 0.0 if fresh else 1.0, dtype=torch.float32, device=param.device)
             self.plan.bind(
                 index,
+                backend,
                 param.grad,
                 state,
                 step,
+                clock,
                 timed=family.timed,
                 fresh=fresh,
                 negate=bool(group.get("maximize")),
@@ -328,7 +441,7 @@ class Engine:
                 assert param.grad is not None
                 partials[index] = reference.partial_norm(inverse * reference.widened(param.grad, param), 2.0)
             norm = reference.total_norm([partials[index] for index in self.plan.active()], 2.0)
-        self.grad_norm = norm
+        self._grad_norm, self._norm_on_device = norm, False
         return norm
 
     def _run_reference(self, optimizer: torch.optim.Optimizer, inverse_scale: float | None, factor: float) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stepladder import _C
+from stepladder import _C, backends
 
 if TYPE_CHECKING:
     from stepladder.optim.base import Group, Optimizer
@@ -30,10 +30,15 @@ def has_step(family: type[Optimizer], group: Group) -> bool:
     return family.timed or bool(group.get("stochastic_rounding"))
 
 
-def new_step(value: float = 0.0) -> Tensor:
-    """A step count as torch keeps it: a CPU scalar, float32 unless the default dtype is float64."""
+def new_step(value: float = 0.0, device: torch.device | str = "cpu") -> Tensor:
+    """A step count as torch keeps it: a scalar, float32 unless the default dtype is float64."""
     wide = torch.get_default_dtype() == torch.float64
-    return torch.tensor(value, dtype=torch.float64 if wide else torch.float32, device="cpu")
+    return torch.full((), value, dtype=torch.float64 if wide else torch.float32, device=device)
+
+
+def step_device(backend: str, param: Tensor) -> torch.device:
+    """Where a parameter's step count lives: with the parameter for kernels on a GPU, which count it."""
+    return param.device if backend in backends.ON_GPU else torch.device("cpu")
 
 
 def missing_states(family: type[Optimizer], state: dict[str, Any], group: Group) -> list[str]:
@@ -41,12 +46,18 @@ def missing_states(family: type[Optimizer], state: dict[str, Any], group: Group)
     return [name for name in RULES[family.rule(group)]["states"] if state.get(name) is None]
 
 
-def create_state(family: type[Optimizer], state: dict[str, Any], param: Tensor, group: Group) -> bool:
-    """Create what is missing in a parameter's state; returns whether a state tensor was created."""
+def create_state(
+    family: type[Optimizer], state: dict[str, Any], param: Tensor, group: Group, device: torch.device
+) -> bool:
+    """Create what is missing in a parameter's state, its step count on `device`.
+
+    Returns:
+        Whether a state tensor was created.
+    """
     missing = missing_states(family, state, group)
     if has_step(family, group) and "step" not in state:
         # A state that did not count steps has seen at least one.
-        state["step"] = new_step(1.0 if state and not missing else 0.0)
+        state["step"] = new_step(1.0 if state and not missing else 0.0, device)
     for name in missing:
         state[name] = family.initial_state(name, param, group, state_dtype(param, group))
     return bool(missing)
@@ -86,8 +97,8 @@ def check_tensor(name: str, value: Any, param: Tensor, where: str) -> None:
         raise ValueError(f"the state {name!r} of {where} has shape {shapes}")
 
 
-def checked_step(value: Any, where: str) -> Tensor:
-    """A step count from a checkpoint as this package keeps it.
+def check_step(value: Any, where: str) -> None:
+    """Refuse what cannot be a step count. One on a GPU is taken as it is, as looking would wait for it.
 
     Raises:
         TypeError: It is neither a number nor a tensor of one element.
@@ -96,15 +107,28 @@ def checked_step(value: Any, where: str) -> Tensor:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number and not (isinstance(value, Tensor) and value.numel() == 1):
         raise TypeError(f"the state 'step' of {where} is {value!r}, expected a number or a tensor of one element")
-    count = float(value)
-    if not 0.0 <= count < 2.0**63:
-        raise ValueError(f"the state 'step' of {where} is {count}, expected a finite count of at least 0")
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return
+    if not 0.0 <= float(value) < 2.0**63:
+        raise ValueError(f"the state 'step' of {where} is {float(value)}, expected a finite count of at least 0")
+
+
+def checked_step(value: Any, where: str, device: torch.device) -> Tensor:
+    """A step count from a checkpoint as this package keeps it, on `device`.
+
+    Raises:
+        TypeError: It is neither a number nor a tensor of one element.
+        ValueError: It is negative or not finite.
+    """
+    check_step(value, where)
     if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64):
-        return value.detach().to("cpu", copy=True).reshape(())
-    return new_step(count)
+        return value.detach().to(device, copy=True).reshape(())
+    return new_step(float(value), device)
 
 
-def checked_state(family: type[Optimizer], index: Any, entry: Any, param: Tensor, group: Group) -> dict[str, Any]:
+def checked_state(
+    family: type[Optimizer], index: Any, entry: Any, param: Tensor, group: Group, backend: str
+) -> dict[str, Any]:
     """One parameter's entry of a checkpoint, copied, cast and moved to what this optimizer would have.
 
     Raises:
@@ -123,7 +147,7 @@ def checked_state(family: type[Optimizer], index: Any, entry: Any, param: Tensor
     for name, value in entry.items():
         if name == "step":
             if has_step(family, group):
-                result[name] = checked_step(value, where)
+                result[name] = checked_step(value, where, step_device(backend, param))
             continue
         check_tensor(name, value, param, where)
         dtype = state_dtype(param, group)

@@ -1,0 +1,154 @@
+#include "common/gpu_runtime.h"
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "common/error.h"
+
+namespace stepladder {
+namespace gpu {
+
+namespace {
+
+void check(cudaError_t error, const char* what, const char* file, int line) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  fail(file, line, what, ": ", cudaGetErrorName(error), ", ", cudaGetErrorString(error));
+}
+#define SL_CUDA(call) check(call, #call, __FILE__, __LINE__)
+
+std::atomic<int64_t> launched{0};
+
+// Lets calls pass that a stream capture elsewhere on this thread would forbid.
+struct Relaxed {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  Relaxed() { SL_CUDA(cudaThreadExchangeStreamCaptureMode(&mode)); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+};
+
+// Apart from all others, so that it stays out of a capture.
+struct OwnStream {
+  cudaStream_t handle;
+  OwnStream() { SL_CUDA(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking)); }
+  ~OwnStream() { cudaStreamDestroy(handle); }
+};
+
+}  // namespace
+
+std::vector<Device> devices(std::string* reason) {
+  std::vector<Device> found;
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) *reason = cudaGetErrorString(error);
+  for (int i = 0; error == cudaSuccess && i < count; ++i) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
+    found.push_back({properties.name, properties.major, properties.minor, properties.multiProcessorCount,
+                     properties.totalGlobalMem});
+  }
+  return found;
+}
+
+Guard::Guard(int device) {
+  SL_CUDA(cudaGetDevice(&previous_));
+  if (device != previous_) SL_CUDA(cudaSetDevice(device));
+}
+
+Guard::~Guard() { cudaSetDevice(previous_); }
+
+int multiprocessors() {
+  int device, count;
+  SL_CUDA(cudaGetDevice(&device));
+  SL_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+int blocks_per_multiprocessor(const Kernel& kernel) {
+  int blocks;
+  SL_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads, 0));
+  SL_CHECK(blocks > 0, "the kernel ", kernel.name, " does not fit this device");
+  return blocks;
+}
+
+void* allocate(size_t bytes) {
+  const Relaxed relaxed;
+  void* memory;
+  SL_CUDA(cudaMalloc(&memory, bytes));
+  const OwnStream stream;
+  SL_CUDA(cudaMemsetAsync(memory, 0, bytes, stream.handle));
+  SL_CUDA(cudaStreamSynchronize(stream.handle));
+  return memory;
+}
+
+void release(void* memory) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  cudaFree(memory);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+}
+
+void* allocate_pinned(size_t bytes) {
+  const Relaxed relaxed;
+  void* memory;
+  SL_CUDA(cudaMallocHost(&memory, bytes));
+  return memory;
+}
+
+void release_pinned(void* memory) { cudaFreeHost(memory); }
+
+void copy_to_device(void* to, const void* from, size_t bytes, Stream stream) {
+  SL_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
+}
+
+void copy_to_host(void* to, const void* from, size_t bytes, Stream stream) {
+  SL_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)));
+  SL_CUDA(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+}
+
+void copy_outside_of_capture(void* to, const void* from, size_t bytes) {
+  const Relaxed relaxed;
+  const OwnStream stream;
+  SL_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream.handle));
+  SL_CUDA(cudaStreamSynchronize(stream.handle));
+}
+
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status;
+  SL_CUDA(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+Event::~Event() {
+  if (handle_ != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(handle_));
+}
+
+void Event::record(Stream stream) {
+  if (handle_ == nullptr) {
+    cudaEvent_t event;
+    SL_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    handle_ = event;
+  }
+  SL_CUDA(cudaEventRecord(static_cast<cudaEvent_t>(handle_), static_cast<cudaStream_t>(stream)));
+}
+
+void Event::wait() {
+  if (handle_ != nullptr) SL_CUDA(cudaEventSynchronize(static_cast<cudaEvent_t>(handle_)));
+}
+
+void Event::hold(Stream stream) {
+  if (handle_ == nullptr) return;
+  SL_CUDA(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(handle_), 0));
+}
+
+void launch(const Kernel& kernel, int blocks, const void* arguments, Stream stream) {
+  void* parameters[] = {const_cast<void*>(arguments)};
+  SL_CUDA(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kernel.threads), parameters, 0,
+                           static_cast<cudaStream_t>(stream)));
+  ++launched;
+}
+
+int64_t launches() { return launched; }
+
+}  // namespace gpu
+}  // namespace stepladder

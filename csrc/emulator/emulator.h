@@ -1,0 +1,96 @@
+// A CUDA device on the CPU, for tests: kernels compiled by a C++ compiler run block after block, a fiber for
+// each thread. Barriers, shuffles and votes check who takes part; a wait that cannot end, a misaligned
+// vector access and an exception in a kernel become an Error. No toolkit header.
+//
+// Shared memory is poisoned before each block and allocated at its exact size, so that AddressSanitizer sees
+// overruns. With SL_EMULATOR_RACES, kernels compiled with -fsanitize=thread have each access to shared
+// memory checked: two threads may meet there only across a barrier.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace emulator {
+
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// Of the thread that runs.
+struct Thread {
+  Dim3 thread, block, block_dim, grid_dim;
+};
+const Thread& current();
+
+// A block's variable, told apart by the address of its site.
+void* shared(const void* site, size_t bytes);
+
+void access(const void* address, void* to, const void* from, size_t bytes);
+
+enum class Collective : int { block_barrier, warp_barrier, shuffle, ballot };
+
+void block_barrier();
+// Waits until all lanes of `mask` have come with their values; then reads the value of `source`.
+uint64_t warp_exchange(Collective kind, unsigned mask, uint64_t value, unsigned source);
+unsigned lane();
+
+template <class T>
+uint64_t pack(T value) {
+  static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, unsigned source) {
+  const uint64_t bits = warp_exchange(Collective::shuffle, mask, pack(value), source);
+  T result;
+  memcpy(&result, &bits, sizeof(T));
+  return result;
+}
+
+}  // namespace emulator
+
+#define threadIdx (::emulator::current().thread)
+#define blockIdx (::emulator::current().block)
+#define blockDim (::emulator::current().block_dim)
+#define gridDim (::emulator::current().grid_dim)
+
+inline void __syncthreads() { ::emulator::block_barrier(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  ::emulator::warp_exchange(::emulator::Collective::warp_barrier, mask, 0, ::emulator::lane());
+}
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const unsigned lane = ::emulator::lane();
+  return ::emulator::shuffle(mask, value, (lane & ~(width - 1u)) | (static_cast<unsigned>(source) & (width - 1u)));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
+  const unsigned lane = ::emulator::lane(), source = lane ^ static_cast<unsigned>(lane_mask);
+  return ::emulator::shuffle(mask, value, (source ^ lane) < static_cast<unsigned>(width) ? source : lane);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const unsigned lane = ::emulator::lane(), source = lane + delta;
+  return ::emulator::shuffle(mask, value, (lane & (width - 1u)) + delta < static_cast<unsigned>(width) ? source : lane);
+}
+unsigned __ballot_sync(unsigned mask, int predicate);
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  static_assert(std::is_integral<T>::value, "results of floating-point atomics depend on their order");
+  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
+}
+template <class T>
+T atomicExch(T* address, T value) {
+  static_assert(std::is_integral<T>::value, "atomics on integers only");
+  return __atomic_exchange_n(address, value, __ATOMIC_SEQ_CST);
+}

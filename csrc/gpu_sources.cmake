@@ -1,0 +1,32 @@
+# The GPU executor, for nvcc and for the emulator alike.
+set(GPU_KERNEL_SOURCES ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_kernels.cu
+                       ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_norms.cu)
+set(GPU_HOST_SOURCES ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_executor.cpp
+                     ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_dispatch.cpp)
+
+# Kernels of one pair of storage dtypes: those of the parameter and of the states.
+function(add_gpu_pair target param state options)
+  set(type_f64 double)
+  set(type_f32 float)
+  set(type_bf16 bf16)
+  set(type_f16 f16)
+  set(pair ${param}_${state})
+  add_library(gpu_${pair} OBJECT ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/multi_tensor/gpu_kernels.cu)
+  target_compile_definitions(gpu_${pair} PRIVATE SL_PARAM=${type_${param}} SL_STATE=${type_${state}} SL_PAIR=${pair})
+  target_compile_options(gpu_${pair} PRIVATE ${options})
+  target_link_libraries(gpu_${pair} PRIVATE flags)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:gpu_${pair}>)
+endfunction()
+
+function(add_gpu_sources target options)
+  foreach(dtype f64 f32 bf16 f16)
+    add_gpu_pair(${target} ${dtype} ${dtype} "${options}")
+  endforeach()
+  foreach(dtype f64 bf16 f16)
+    add_gpu_pair(${target} ${dtype} f32 "${options}")
+  endforeach()
+  add_library(gpu_norms OBJECT ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/multi_tensor/gpu_norms.cu)
+  target_compile_options(gpu_norms PRIVATE ${options})
+  target_link_libraries(gpu_norms PRIVATE flags)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:gpu_norms> ${GPU_HOST_SOURCES})
+endfunction()

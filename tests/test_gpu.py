@@ -1,0 +1,382 @@
+"""What only a step on a GPU does: one launch, tables, scalars that stay on the device, graphs, refusals.
+
+Without a GPU the CUDA kernels run in the emulator; with STEPLADDER_TEST_DEVICE=cuda, on the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import CASES, Case, Kernels, assert_same, gradient, moved, same_bits, twins, with_infinities
+from conftest import DEVICE
+
+import stepladder as sl
+from stepladder import _C, reference
+from stepladder.optim.state import RULES
+
+
+@pytest.fixture
+def gpu(request) -> Kernels:
+    if DEVICE == "cpu":
+        request.getfixturevalue("emulated")
+    return Kernels("cuda", DEVICE)
+
+
+@pytest.fixture
+def launches(request, gpu):
+    """How many kernels have been launched."""
+    module = request.getfixturevalue("emulated").module if DEVICE == "cpu" else _C
+    return module.launches
+
+
+def give_gradients(p, q, generator, change=lambda g: g):
+    for a, b in zip(p, q, strict=True):
+        b.grad = change(gradient(b.shape, b.dtype, generator))
+        a.grad = moved(b.grad.clone(), a.device.type)
+
+
+def groups_of(params, options):
+    return [{"params": params[i :: len(options)]} | option for i, option in enumerate(options)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_launch_for_all_groups(case: Case, gpu: Kernels, launches):
+    """Hundreds of groups, more than fit in a kernel's arguments, some with a gradient at some steps only."""
+    p, q = twins([torch.randn(1 + i % 40) for i in range(300)], gpu.device)
+    options = [{"lr": 0.01 * (i + 1)} for i in range(100)]
+    ours = case.make(groups_of(p, options), backend="cuda")
+    theirs = case.make(groups_of(q, options), backend="reference")
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        give_gradients(p, q, generator)
+        for i in range(0, 300, 7):
+            if step == 1:
+                p[i].grad = q[i].grad = None
+        before = launches()
+        ours.step()
+        assert launches() - before == (3 if RULES[case.rule]["norms"] else 1)
+        theirs.step()
+        assert_same(ours, theirs)
+
+
+def test_a_launch_for_each_pair_of_dtypes(gpu: Kernels, launches):
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    p, q = twins([torch.randn(33).to(dtypes[i % 4]) for i in range(20)], gpu.device)
+    ours, theirs = sl.AdamW(p, backend="cuda"), sl.AdamW(q, backend="reference")
+    give_gradients(p, q, torch.Generator().manual_seed(0))
+    before = launches()
+    ours.step()
+    assert launches() - before == 4
+    theirs.step()
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("tensors", [3, 400])
+def test_gradients_that_move_and_groups_that_change(gpu: Kernels, tensors: int):
+    """In a kernel's arguments and in device memory, of which only what changed is written again."""
+    p, q = twins([torch.randn(20) for _ in range(tensors)], gpu.device)
+    ours, theirs = sl.AdamW(p, backend="cuda"), sl.AdamW(q, backend="reference")
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        give_gradients(p, q, generator)
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+            optimizer.param_groups[0]["betas"] = (0.9 - 0.1 * step, 0.999)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
+
+
+def test_shared_memory_is_stepped_in_order(gpu: Kernels):
+    def shared(device: str):
+        base = torch.linspace(-1, 1, 6000).to(device)
+        return [torch.nn.Parameter(base[:4000]), torch.nn.Parameter(base[1000:])]
+
+    p, q = shared(gpu.device), shared("cpu")
+    ours, theirs = sl.AdamW(p, backend="cuda"), sl.AdamW(q, backend="reference")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        give_gradients(p, q, generator)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_learning_rate_on_the_device(case: Case, dtype: torch.dtype, gpu: Kernels):
+    p, q = twins([torch.randn(50), torch.randn(7).bfloat16()], gpu.device)
+    lr = torch.tensor(0.02, dtype=dtype, device=gpu.device)
+    ours, theirs = case.make(p, backend="cuda", lr=lr), case.make(q, backend="reference", lr=float(lr))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        give_gradients(p, q, generator)
+        lr.fill_(0.02 / (step + 1))
+        theirs.param_groups[0]["lr"] = float(lr)
+        ours.step()
+        theirs.step()
+        for a, b in zip(p, q, strict=True):
+            assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scaled_gradients(case: Case, gpu: Kernels):
+    """GradScaler's scale is applied, and its found_inf heeded, on the device; a skipped step counts nowhere."""
+    p, q = twins([torch.randn(4100), torch.randn(9).half()], gpu.device)
+    ours, theirs = case.make(p, backend="cuda", max_norm=0.7), case.make(q, backend="reference", max_norm=0.7)
+    scale = torch.tensor(64.0, device=gpu.device)
+    generator = torch.Generator().manual_seed(0)
+    for step, found_inf in enumerate((1.0, 0.0, 1.0, 0.0, 0.0)):
+        give_gradients(p, q, generator)
+        before = [x.detach().clone() for x in p]
+        ours.grad_scale, ours.found_inf = scale, torch.tensor(found_inf, device=gpu.device)
+        ours.step()
+        if found_inf:
+            assert all(same_bits(a, b) for a, b in zip(before, p, strict=True))
+            continue
+        theirs.grad_scale, theirs.found_inf = scale.cpu(), torch.tensor(0.0)
+        theirs.step()
+        if step == 1:
+            theirs_state = {name: value for name, value in theirs.state.get(q[0], {}).items() if name == "step"}
+            assert all(int(ours.state[p[0]][name]) == int(value) == 1 for name, value in theirs_state.items())
+        assert_same(ours, theirs)
+        assert ours.grad_norm == theirs.grad_norm
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_clipping_on_the_device(case: Case, gpu: Kernels, launches):
+    sizes = (0, 1, 130, 4097, 9000, 0)
+    p, q = twins([torch.randn(n).to((torch.float32, torch.float64)[i % 2]) for i, n in enumerate(sizes)], gpu.device)
+    ours, theirs = case.make(p, backend="cuda", max_norm=0.5), case.make(q, backend="reference", max_norm=0.5)
+    generator = torch.Generator().manual_seed(0)
+    for change in (lambda g: g, lambda g: g * 1e-9, with_infinities):
+        give_gradients(p, q, generator, change)
+        before = launches()
+        ours.step()
+        # Two for the norm, then one (or three) for each of the two dtypes.
+        assert launches() - before == 2 + 2 * (3 if RULES[case.rule]["norms"] else 1)
+        theirs.step()
+        assert_same(ours, theirs)
+        assert ours.grad_norm == theirs.grad_norm or (math.isnan(ours.grad_norm) and math.isnan(theirs.grad_norm))
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.7, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16], ids=str)
+def test_clip_grad_norm(dtype, max_norm, norm_type, gpu: Kernels, monkeypatch):
+    monkeypatch.setattr(sl.ops.backends, "choose", lambda name, device: "cuda")
+    tensors = [torch.randn(n).to(dtype) for n in (0, 1, 130, 4097, 9000)] + [torch.randn(40, 30).to(dtype).t()]
+    p, q = twins(tensors, gpu.device)
+    generator = torch.Generator().manual_seed(0)
+    flag = torch.tensor(7.0, device=gpu.device)
+    for change, found in ((lambda g: g, 0.0), (with_infinities, 1.0), (lambda g: g, 0.0)):
+        give_gradients(p, q, generator, change)
+        norm = sl.ops.clip_grad_norm_(p, max_norm, norm_type, found_inf=flag)
+        assert same_bits(norm, reference.clip_grad_norm_(q, max_norm, norm_type))
+        assert float(flag) == found
+        for a, b in zip(p, q, strict=True):
+            assert same_bits(a.grad, b.grad)
+
+
+def test_clip_grad_norm_keeps_nothing_alive(gpu: Kernels, monkeypatch):
+    monkeypatch.setattr(sl.ops.backends, "choose", lambda name, device: "cuda")
+    from weakref import ref
+
+    p = torch.nn.Parameter(torch.ones(5, device=gpu.device))
+    p.grad = torch.ones(5, device=gpu.device)
+    sl.ops.clip_grad_norm_(p, 1.0)
+    gone = ref(p)
+    del p
+    assert gone() is None
+
+
+def test_parameters_on_both_sides(gpu: Kernels):
+    """Some on the GPU and some on the CPU: one optimizer, one norm."""
+    if DEVICE == "cpu":
+        pytest.skip("the emulator's device is the CPU itself")
+    p, q = twins([torch.randn(50), torch.randn(4097)])
+    p[1] = torch.nn.Parameter(q[1].detach().to(DEVICE))
+    ours, theirs = sl.AdamW(p, max_norm=0.1), sl.AdamW(q, backend="reference", max_norm=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for a, b in zip(p, q, strict=True):
+            b.grad = gradient(b.shape, b.dtype, generator)
+            a.grad = b.grad.to(a.device)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
+        assert ours.grad_norm == theirs.grad_norm
+
+
+@pytest.mark.parametrize("tensors", [3, 400])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_graph_replay(case: Case, tensors: int, gpu: Kernels, request):
+    """Replays with another learning rate and with gradients replaced in place, eager steps in between."""
+    p, q = twins([torch.randn(20 + i % 5) for i in range(tensors)], gpu.device)
+    lr = torch.tensor(0.02, dtype=torch.float64, device=gpu.device)
+    ours, theirs = case.make(p, backend="cuda", lr=lr, capturable=True), case.make(q, backend="reference", lr=0.02)
+    generator = torch.Generator().manual_seed(0)
+
+    def copy_gradients():
+        for a, b in zip(p, q, strict=True):
+            b.grad = gradient(b.shape, b.dtype, generator)
+            if a.grad is None:
+                a.grad = torch.empty_like(a)
+            a.grad.copy_(b.grad)
+
+    copy_gradients()
+    ours.step()
+    theirs.step()
+    copy_gradients()
+    replay = capture(ours, request)
+    for step in range(4):
+        copy_gradients()
+        lr.fill_(0.02 / (step + 1))
+        theirs.param_groups[0]["lr"] = float(lr)
+        if step == 2:
+            ours.step()
+        else:
+            replay()
+        theirs.step()
+        for a, b in zip(p, q, strict=True):
+            assert same_bits(a, b)
+            for name, value in theirs.state.get(b, {}).items():
+                assert same_bits(ours.state[a][name], value)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.rule in ("adamw", "lamb")], ids=str)
+def test_graph_outlives_other_steps(case: Case, gpu: Kernels, request):
+    """Eager steps of fewer and of more parameters leave alone what a captured step points to."""
+    p, q = twins([torch.randn(30) for _ in range(400)], gpu.device)
+    ours, theirs = case.make(p, backend="cuda", capturable=True, max_norm=0.5), case.make(q, max_norm=0.5)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.empty_like(x) for x in p]
+
+    def step(take, present):
+        for i, (a, b, g) in enumerate(zip(p, q, gradients, strict=True)):
+            b.grad = gradient(b.shape, b.dtype, generator) if i < present else None
+            a.grad = g.copy_(b.grad) if i < present else None
+        take()
+        theirs.step()
+        for a, b in zip(p, q, strict=True):
+            assert same_bits(a, b)
+
+    step(ours.step, 400)
+    for a, g in zip(p, gradients, strict=True):
+        a.grad = g
+    replay = capture(ours, request)
+    step(replay, 400)
+    step(ours.step, 50)
+    step(replay, 400)
+    for optimizer, like in ((ours, p), (theirs, q)):
+        more = torch.nn.Parameter(torch.ones(20_000, device=like[0].device))
+        optimizer.add_param_group({"params": [more]})
+        like.append(more)
+    gradients.append(torch.empty_like(p[-1]))
+    step(ours.step, 401)
+    for _ in range(2):
+        step(replay, 400)
+
+
+def capture(optimizer, request):
+    """Capture one step; returns what replays it."""
+    if DEVICE != "cpu":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        return graph.replay
+    device = request.getfixturevalue("emulated")
+    device.module.begin_capture()
+    device.capturing = True
+    optimizer.step()
+    device.capturing = False
+    return device.module.replay
+
+
+def test_capture_is_refused_with_the_reason(gpu: Kernels, request):
+    def optimizer_of(*sizes, **options):
+        params = [torch.nn.Parameter(torch.ones(n, device=gpu.device)) for n in sizes]
+        for x in params:
+            x.grad = torch.ones_like(x)
+        return sl.AdamW(params, backend="cuda", **options), params
+
+    def refused(optimizer, message):
+        with pytest.raises(RuntimeError, match=message):
+            capture(optimizer, request)
+        if DEVICE == "cpu":
+            request.getfixturevalue("emulated").capturing = False
+
+    optimizer, _ = optimizer_of(3)
+    optimizer.step()
+    refused(optimizer, "capturable=False: construct the optimizer with capturable=True")
+    optimizer, _ = optimizer_of(3, capturable=True)
+    refused(optimizer, "take at least one step with the same tensors before the capture")
+    optimizer, params = optimizer_of(3, 4, capturable=True)
+    optimizer.step()
+    params[1].grad = None
+    refused(optimizer, "parameter 1 of group 0 has no gradient")
+    params[1].requires_grad_(False)
+    capture(optimizer, request)
+
+
+def test_states_of_unequal_dtype_are_refused(gpu: Kernels):
+    p = torch.nn.Parameter(torch.ones(3, device=gpu.device))
+    p.grad = torch.ones_like(p)
+    optimizer = sl.AdamW([p], backend="cuda")
+    optimizer.step()
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].double()
+    before = p.detach().clone()
+    with pytest.raises(TypeError, match=r"'exp_avg' of parameter 0 has dtype torch.float64; on a GPU"):
+        optimizer.step()
+    assert torch.equal(before, p)
+
+
+def test_step_counts_are_on_the_device_and_travel(gpu: Kernels):
+    p, q = twins([torch.randn(5)], gpu.device)
+    ours = sl.AdamW(p, backend="cuda")
+    give_gradients(p, q, torch.Generator().manual_seed(0))
+    ours.step()
+    ours.step()
+    assert ours.state[p[0]]["step"].device == p[0].device
+    other = torch.optim.AdamW(q)
+    other.load_state_dict(ours.state_dict())
+    assert int(other.state[q[0]]["step"]) == 2
+    again = sl.AdamW(p, backend="cuda")
+    again.load_state_dict(other.state_dict())
+    assert again.state[p[0]]["step"].device == p[0].device
+    assert int(again.state[p[0]]["step"]) == 2
+
+
+def test_other_streams(gpu: Kernels):
+    if DEVICE == "cpu":
+        pytest.skip("needs a GPU: the emulator has one stream")
+    p, q = twins([torch.randn(3000) for _ in range(400)], gpu.device)
+    ours, theirs = sl.AdamW(p, backend="cuda"), sl.AdamW(q, backend="reference")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            give_gradients(p, q, generator)
+            ours.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        theirs.step()
+    assert_same(ours, theirs)
+
+
+def test_several_devices(gpu: Kernels):
+    if DEVICE == "cpu" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    p, q = twins([torch.randn(50), torch.randn(4097)])
+    p = [torch.nn.Parameter(x.detach().to(f"cuda:{i}")) for i, x in enumerate(p)]
+    ours, theirs = sl.AdamW(p, max_norm=0.1), sl.AdamW(q, backend="reference", max_norm=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for a, b in zip(p, q, strict=True):
+            b.grad = gradient(b.shape, b.dtype, generator)
+            a.grad = b.grad.to(a.device)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
