@@ -417,9 +417,12 @@ class _Measurement:
 
     def _replayed(self, name: str, make: Callable[..., torch.optim.Optimizer]) -> Any:
         self._contenders.prepare(name, fresh=False)
-        replay = self._gpu.capture(self._contenders.make(make, capturable=True).step)
+        optimizer = self._contenders.make(make, capturable=True)  # the graph points to its memory
+        replay = self._gpu.capture(optimizer.step)
         replay()
-        return np.array([self._gpu.alone(replay) for _ in range(self._goal)]).T
+        samples = np.array([self._gpu.alone(replay) for _ in range(self._goal)]).T
+        del replay, optimizer
+        return samples
 
 
 def count_launches(backend: str, step: Step) -> int | None:

@@ -163,6 +163,7 @@ PYBIND11_MODULE(SL_MODULE, m) {
       .def("device_norm", &StepPlan::device_norm)
       .def("release", &StepPlan::release)
       .def_property("isa", &StepPlan::isa, &StepPlan::set_isa)
+      .def_property_readonly("scheduled", &StepPlan::scheduled)
       .def_property_readonly("trusts_states", &StepPlan::trusts_states)
       .def_property_readonly("has_exchange", &StepPlan::has_exchange);
 }

@@ -118,6 +118,8 @@ class StepPlan {
   void set_isa(const std::string& isa);
   std::string isa() const { return kernels_->isa; }
   bool has_exchange() const { return reader_.has_exchange(); }
+  // Whether the next step has the chunks of the last one.
+  bool scheduled() const { return !stale_schedule_; }
   // Whether the last refresh() took the states as they were.
   bool trusts_states() const { return states_trusted_; }
 

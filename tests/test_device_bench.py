@@ -482,7 +482,7 @@ def test_what_the_parts_run(monkeypatch, tmp_path):
     assert session.test(1.0) == session.sanitize(10.0) == []
     assert all(env["STEPLADDER_TEST_DEVICE"] == "cuda" for *_, env in ran)
     assert all(any(option.endswith("test_bitwise.py") for option in command) for command, *_ in ran)
-    assert [command[2] for command, *_ in ran[1:]] == ["memcheck", "racecheck"]
+    assert [command[2] for command, *_ in ran[2:]] == ["memcheck", "racecheck"]
     del ran[:]
     assert session.bench(100.0) == []
     assert [limit for _, _, limit, _ in ran] == [100.0 - device.COMPILING, device.COMPILING - device.GRACE]

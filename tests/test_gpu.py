@@ -17,16 +17,19 @@ from stepladder import _C, reference
 from stepladder.optim.state import RULES
 
 
-@pytest.fixture
+# Triton's interpreter has tests of its own, in test_triton.py.
+@pytest.fixture(params=["cuda"] if DEVICE == "cpu" else ["cuda", "triton"])
 def gpu(request) -> Kernels:
     if DEVICE == "cpu":
         request.getfixturevalue("emulated")
-    return Kernels("cuda", DEVICE)
+    return Kernels(request.param, DEVICE)
 
 
 @pytest.fixture
 def launches(request, gpu):
     """How many kernels have been launched."""
+    if gpu.backend != "cuda":
+        pytest.skip("launches are counted for CUDA kernels alone")
     module = request.getfixturevalue("emulated").module if DEVICE == "cpu" else _C
     return module.launches
 
@@ -46,7 +49,7 @@ def test_one_launch_for_all_groups(case: Case, gpu: Kernels, launches):
     """Hundreds of groups, more than fit in a kernel's arguments, some with a gradient at some steps only."""
     p, q = twins([torch.randn(1 + i % 40) for i in range(300)], gpu.device)
     options = [{"lr": 0.01 * (i + 1)} for i in range(100)]
-    ours = case.make(groups_of(p, options), backend="cuda")
+    ours = case.make(groups_of(p, options), backend=gpu.backend)
     theirs = case.make(groups_of(q, options), backend="reference")
     generator = torch.Generator().manual_seed(0)
     for step in range(3):
@@ -64,7 +67,7 @@ def test_one_launch_for_all_groups(case: Case, gpu: Kernels, launches):
 def test_a_launch_for_each_pair_of_dtypes(gpu: Kernels, launches):
     dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
     p, q = twins([torch.randn(33).to(dtypes[i % 4]) for i in range(20)], gpu.device)
-    ours, theirs = sl.AdamW(p, backend="cuda"), sl.AdamW(q, backend="reference")
+    ours, theirs = sl.AdamW(p, backend=gpu.backend), sl.AdamW(q, backend="reference")
     give_gradients(p, q, torch.Generator().manual_seed(0))
     before = launches()
     ours.step()
@@ -77,7 +80,7 @@ def test_a_launch_for_each_pair_of_dtypes(gpu: Kernels, launches):
 def test_gradients_that_move_and_groups_that_change(gpu: Kernels, tensors: int):
     """In a kernel's arguments and in device memory, of which only what changed is written again."""
     p, q = twins([torch.randn(20) for _ in range(tensors)], gpu.device)
-    ours, theirs = sl.AdamW(p, backend="cuda"), sl.AdamW(q, backend="reference")
+    ours, theirs = sl.AdamW(p, backend=gpu.backend), sl.AdamW(q, backend="reference")
     generator = torch.Generator().manual_seed(0)
     for step in range(5):
         give_gradients(p, q, generator)
@@ -95,7 +98,7 @@ def test_shared_memory_is_stepped_in_order(gpu: Kernels):
         return [torch.nn.Parameter(base[:4000]), torch.nn.Parameter(base[1000:])]
 
     p, q = shared(gpu.device), shared("cpu")
-    ours, theirs = sl.AdamW(p, backend="cuda"), sl.AdamW(q, backend="reference")
+    ours, theirs = sl.AdamW(p, backend=gpu.backend), sl.AdamW(q, backend="reference")
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         give_gradients(p, q, generator)
@@ -109,7 +112,7 @@ def test_shared_memory_is_stepped_in_order(gpu: Kernels):
 def test_learning_rate_on_the_device(case: Case, dtype: torch.dtype, gpu: Kernels):
     p, q = twins([torch.randn(50), torch.randn(7).bfloat16()], gpu.device)
     lr = torch.tensor(0.02, dtype=dtype, device=gpu.device)
-    ours, theirs = case.make(p, backend="cuda", lr=lr), case.make(q, backend="reference", lr=float(lr))
+    ours, theirs = case.make(p, backend=gpu.backend, lr=lr), case.make(q, backend="reference", lr=float(lr))
     generator = torch.Generator().manual_seed(0)
     for step in range(3):
         give_gradients(p, q, generator)
@@ -125,7 +128,7 @@ def test_learning_rate_on_the_device(case: Case, dtype: torch.dtype, gpu: Kernel
 def test_scaled_gradients(case: Case, gpu: Kernels):
     """GradScaler's scale is applied, and its found_inf heeded, on the device; a skipped step counts nowhere."""
     p, q = twins([torch.randn(4100), torch.randn(9).half()], gpu.device)
-    ours, theirs = case.make(p, backend="cuda", max_norm=0.7), case.make(q, backend="reference", max_norm=0.7)
+    ours, theirs = case.make(p, backend=gpu.backend, max_norm=0.7), case.make(q, backend="reference", max_norm=0.7)
     scale = torch.tensor(64.0, device=gpu.device)
     generator = torch.Generator().manual_seed(0)
     for step, found_inf in enumerate((1.0, 0.0, 1.0, 0.0, 0.0)):
@@ -145,11 +148,30 @@ def test_scaled_gradients(case: Case, gpu: Kernels):
         assert ours.grad_norm == theirs.grad_norm
 
 
+def test_a_first_step_that_was_skipped_is_still_to_come(gpu: Kernels):
+    """Though states exist already, and the gradient is bound anew: momentum starts with v = g."""
+    p, q = twins([torch.randn(8, 8)], gpu.device)
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    ours, theirs = sl.SGD(p, backend=gpu.backend, **options), sl.SGD(q, backend="reference", **options)
+    generator = torch.Generator().manual_seed(0)
+    give_gradients(p, q, generator)
+    ours.found_inf = torch.tensor(1.0, device=gpu.device)
+    ours.step()
+    del ours.found_inf
+    for layout in ((8, 1), (1, 8)):
+        give_gradients(p, q, generator)
+        p[0].grad = torch.empty_strided((8, 8), layout, device=gpu.device).copy_(p[0].grad)
+        q[0].grad = p[0].grad.cpu()
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_clipping_on_the_device(case: Case, gpu: Kernels, launches):
     sizes = (0, 1, 130, 4097, 9000, 0)
     p, q = twins([torch.randn(n).to((torch.float32, torch.float64)[i % 2]) for i, n in enumerate(sizes)], gpu.device)
-    ours, theirs = case.make(p, backend="cuda", max_norm=0.5), case.make(q, backend="reference", max_norm=0.5)
+    ours, theirs = case.make(p, backend=gpu.backend, max_norm=0.5), case.make(q, backend="reference", max_norm=0.5)
     generator = torch.Generator().manual_seed(0)
     for change in (lambda g: g, lambda g: g * 1e-9, with_infinities):
         give_gradients(p, q, generator, change)
@@ -166,7 +188,7 @@ def test_clipping_on_the_device(case: Case, gpu: Kernels, launches):
 @pytest.mark.parametrize("max_norm", [0.7, 1e9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16], ids=str)
 def test_clip_grad_norm(dtype, max_norm, norm_type, gpu: Kernels, monkeypatch):
-    monkeypatch.setattr(sl.ops.backends, "choose", lambda name, device: "cuda")
+    monkeypatch.setattr(sl.ops.backends, "choose", lambda name, device: gpu.backend)
     tensors = [torch.randn(n).to(dtype) for n in (0, 1, 130, 4097, 9000)] + [torch.randn(40, 30).to(dtype).t()]
     p, q = twins(tensors, gpu.device)
     generator = torch.Generator().manual_seed(0)
@@ -181,7 +203,7 @@ def test_clip_grad_norm(dtype, max_norm, norm_type, gpu: Kernels, monkeypatch):
 
 
 def test_clip_grad_norm_keeps_nothing_alive(gpu: Kernels, monkeypatch):
-    monkeypatch.setattr(sl.ops.backends, "choose", lambda name, device: "cuda")
+    monkeypatch.setattr(sl.ops.backends, "choose", lambda name, device: gpu.backend)
     from weakref import ref
 
     p = torch.nn.Parameter(torch.ones(5, device=gpu.device))
@@ -216,7 +238,7 @@ def test_graph_replay(case: Case, tensors: int, gpu: Kernels, request):
     """Replays with another learning rate and with gradients replaced in place, eager steps in between."""
     p, q = twins([torch.randn(20 + i % 5) for i in range(tensors)], gpu.device)
     lr = torch.tensor(0.02, dtype=torch.float64, device=gpu.device)
-    ours, theirs = case.make(p, backend="cuda", lr=lr, capturable=True), case.make(q, backend="reference", lr=0.02)
+    ours, theirs = case.make(p, backend=gpu.backend, lr=lr, capturable=True), case.make(q, backend="reference", lr=0.02)
     generator = torch.Generator().manual_seed(0)
 
     def copy_gradients():
@@ -250,7 +272,7 @@ def test_graph_replay(case: Case, tensors: int, gpu: Kernels, request):
 def test_graph_outlives_other_steps(case: Case, gpu: Kernels, request):
     """Eager steps of fewer and of more parameters leave alone what a captured step points to."""
     p, q = twins([torch.randn(30) for _ in range(400)], gpu.device)
-    ours, theirs = case.make(p, backend="cuda", capturable=True, max_norm=0.5), case.make(q, max_norm=0.5)
+    ours, theirs = case.make(p, backend=gpu.backend, capturable=True, max_norm=0.5), case.make(q, max_norm=0.5)
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.empty_like(x) for x in p]
 
@@ -300,7 +322,7 @@ def test_capture_is_refused_with_the_reason(gpu: Kernels, request):
         params = [torch.nn.Parameter(torch.ones(n, device=gpu.device)) for n in sizes]
         for x in params:
             x.grad = torch.ones_like(x)
-        return sl.AdamW(params, backend="cuda", **options), params
+        return sl.AdamW(params, backend=gpu.backend, **options), params
 
     def refused(optimizer, message):
         with pytest.raises(RuntimeError, match=message):
@@ -318,13 +340,19 @@ def test_capture_is_refused_with_the_reason(gpu: Kernels, request):
     params[1].grad = None
     refused(optimizer, "parameter 1 of group 0 has no gradient")
     params[1].requires_grad_(False)
+    refused(optimizer, "take at least one step with the same tensors before the capture")
+    optimizer.step()
     capture(optimizer, request)
+    optimizer, _ = optimizer_of(3, capturable=True)
+    optimizer.step()
+    optimizer.param_groups[0]["eps"] = torch.tensor(1e-8, device=gpu.device)
+    refused(optimizer, "'eps' of group 0 is a tensor on the GPU")
 
 
 def test_states_of_unequal_dtype_are_refused(gpu: Kernels):
     p = torch.nn.Parameter(torch.ones(3, device=gpu.device))
     p.grad = torch.ones_like(p)
-    optimizer = sl.AdamW([p], backend="cuda")
+    optimizer = sl.AdamW([p], backend=gpu.backend)
     optimizer.step()
     optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].double()
     before = p.detach().clone()
@@ -335,7 +363,7 @@ def test_states_of_unequal_dtype_are_refused(gpu: Kernels):
 
 def test_step_counts_are_on_the_device_and_travel(gpu: Kernels):
     p, q = twins([torch.randn(5)], gpu.device)
-    ours = sl.AdamW(p, backend="cuda")
+    ours = sl.AdamW(p, backend=gpu.backend)
     give_gradients(p, q, torch.Generator().manual_seed(0))
     ours.step()
     ours.step()
@@ -343,7 +371,7 @@ def test_step_counts_are_on_the_device_and_travel(gpu: Kernels):
     other = torch.optim.AdamW(q)
     other.load_state_dict(ours.state_dict())
     assert int(other.state[q[0]]["step"]) == 2
-    again = sl.AdamW(p, backend="cuda")
+    again = sl.AdamW(p, backend=gpu.backend)
     again.load_state_dict(other.state_dict())
     assert again.state[p[0]]["step"].device == p[0].device
     assert int(again.state[p[0]]["step"]) == 2
@@ -353,7 +381,7 @@ def test_other_streams(gpu: Kernels):
     if DEVICE == "cpu":
         pytest.skip("needs a GPU: the emulator has one stream")
     p, q = twins([torch.randn(3000) for _ in range(400)], gpu.device)
-    ours, theirs = sl.AdamW(p, backend="cuda"), sl.AdamW(q, backend="reference")
+    ours, theirs = sl.AdamW(p, backend=gpu.backend), sl.AdamW(q, backend="reference")
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         stream = torch.cuda.Stream()

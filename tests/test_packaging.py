@@ -84,3 +84,14 @@ def test_cuda_without_nvcc_fails_with_one_sentence(tmp_path):
     sentence = "STEPLADDER_CUDA=1 asks for the CUDA part, but no nvcc was found on PATH or under CUDA_HOME."
     assert sentence in result.stdout + result.stderr
     assert "Traceback" not in result.stdout
+
+
+@pytest.mark.large
+@pytest.mark.timeout(3600)
+def test_wheel_for_all_architectures_is_small(tmp_path):
+    if not shutil.which("nvcc"):
+        pytest.skip("needs nvcc")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("STEPLADDER_")}
+    subprocess.run(command, env=environment | {"STEPLADDER_CUDA": "1"}, check=True, timeout=3000)
+    assert next(tmp_path.glob("*.whl")).stat().st_size <= 40 * 2**20

@@ -52,10 +52,13 @@ std::vector<Device> devices(std::string* reason) {
 
 Guard::Guard(int device) {
   SL_CUDA(cudaGetDevice(&previous_));
-  if (device != previous_) SL_CUDA(cudaSetDevice(device));
+  changed_ = device != previous_;
+  if (changed_) SL_CUDA(cudaSetDevice(device));
 }
 
-Guard::~Guard() { cudaSetDevice(previous_); }
+Guard::~Guard() {
+  if (changed_) cudaSetDevice(previous_);
+}
 
 int multiprocessors() {
   int device, count;
@@ -95,7 +98,12 @@ void* allocate_pinned(size_t bytes) {
   return memory;
 }
 
-void release_pinned(void* memory) { cudaFreeHost(memory); }
+void release_pinned(void* memory) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  cudaFreeHost(memory);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+}
 
 void copy_to_device(void* to, const void* from, size_t bytes, Stream stream) {
   SL_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));

@@ -40,6 +40,7 @@ class Guard {
 
  private:
   int previous_;
+  bool changed_ = false;
 };
 
 // All below act on the current device.

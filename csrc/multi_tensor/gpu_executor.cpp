@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <iterator>
 #include <utility>
 
 #include "common/error.h"
@@ -116,6 +115,7 @@ class GpuExecutor::Turn {
     executor.captured_ = executor.captured_ || captured_;
     if (!captured_ && stream != executor.last_stream_) executor.done_.hold(stream);
   }
+  bool captured() const { return captured_; }
   void end() {
     if (captured_) return;
     executor_.done_.record(stream_);
@@ -147,7 +147,8 @@ void GpuExecutor::grow(DeviceBuffer& buffer, size_t bytes) {
 
 void GpuExecutor::schedule(const std::vector<Tensor>& tensors, const std::vector<std::vector<int>>& waves) {
   const gpu::Guard guard(device_);
-  if (captured_) std::move(batches_.begin(), batches_.end(), std::back_inserter(retired_batches_));
+  for (auto& batch : batches_)
+    if (batch->captured) retired_batches_.push_back(std::move(batch));
   batches_.clear();
   all_.clear();
   norms_current_ = false;
@@ -169,8 +170,10 @@ void GpuExecutor::schedule(const std::vector<Tensor>& tensors, const std::vector
         info.norms ? 1 : std::clamp<int64_t>(elements / kTile / (blocks * kChunksPerBlock), 1, kMaxChunkTiles);
     batch->placed.table.build(tensors, part.members, info.num_states, info.norms ? kSumTile : kTile, chunk_tiles,
                               info.norms ? 2 : 0);
-    batch->sums.at_least(std::max<int64_t>(batch->placed.table.num_sums(), 1) * 8);
-    batch->ratios.at_least(part.members.size() * sizeof(double));
+    if (info.norms) {
+      batch->sums.at_least(std::max<int64_t>(batch->placed.table.num_sums(), 1) * 8);
+      batch->ratios.at_least(part.members.size() * sizeof(double));
+    }
     batches_.push_back(std::move(batch));
   }
 }
@@ -180,6 +183,7 @@ void GpuExecutor::run(const std::vector<Tensor>& tensors, const GradientScale& s
   for (const std::unique_ptr<PlacedBatch>& batch : batches_) {
     const int rule = static_cast<int>(batch->rule);
     const Table& table = batch->placed.table;
+    batch->captured = batch->captured || turn.captured();
     batch->placed.table.refresh(tensors);
     Launch launch = with_scale(scale);
     batch->placed.place(&launch, ring_, stream);
@@ -239,6 +243,7 @@ void GpuExecutor::measure(const std::vector<Tensor>& tensors, Norm kind, const G
 
 std::vector<double> GpuExecutor::partials(gpu::Stream stream, bool* finite) {
   const gpu::Guard guard(device_);
+  if (stream != last_stream_) done_.hold(stream);
   std::vector<double> values(all_.size());
   float found_inf;
   gpu::copy_to_host(values.data(), partials_.as<void>(), values.size() * sizeof(double), stream);
@@ -249,6 +254,7 @@ std::vector<double> GpuExecutor::partials(gpu::Stream stream, bool* finite) {
 
 double GpuExecutor::norm(gpu::Stream stream) {
   const gpu::Guard guard(device_);
+  if (stream != last_stream_) done_.hold(stream);
   double value;
   gpu::copy_to_host(&value, norm_.as<void>(), sizeof(value), stream);
   return value;

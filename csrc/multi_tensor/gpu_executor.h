@@ -85,6 +85,7 @@ class GpuExecutor : public Executor {
     Rule rule;
     PlacedTable placed;
     DeviceBuffer sums, ratios;
+    bool captured = false;
   };
 
   // Around the launches of one call: tables and sums are the executor's own, so that work on another stream

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,12 +31,17 @@ class Backend:
         return not self.device_types or device_type in self.device_types
 
 
+@functools.cache
+def _cuda_devices() -> tuple[list[dict[str, Any]], str]:
+    return _C.cuda()
+
+
 def _cuda_missing() -> str | None:
     if not _C.cuda_version:
         return "stepladder was built without nvcc"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    devices, reason = _C.cuda()
+    devices, reason = _cuda_devices()
     return None if devices else f"stepladder's CUDA runtime finds no device: {reason}"
 
 

@@ -67,7 +67,8 @@ def clip_grad_norm_(
     wide = any(p.dtype in (torch.float64, torch.complex128) for p in graded)
     result_dtype = torch.float64 if wide else torch.float32
     try:
-        others = plan.bind_gradients([backends.choose(None, p.device.type) for p in graded])
+        chosen = {kind: backends.choose(None, kind) for kind in {p.device.type for p in graded}}
+        others = plan.bind_gradients([chosen[p.device.type] for p in graded])
         device = plan.only_device()
         fixed_tree = norm_type in (1.0, 2.0, math.inf)
         if device is not None and fixed_tree and (found_inf is None or found_inf.device == grads[0].device):

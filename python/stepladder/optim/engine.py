@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepladder import _C, backends, reference
 from stepladder.optim.state import (
@@ -71,7 +72,8 @@ def current_stream(device: int) -> int:
 
 def is_capturing() -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def is_on_gpu(value: Any) -> bool:
@@ -240,13 +242,15 @@ class Engine:
         self._referred: set[int] = set()
         # Those among them whose states were just created.
         self._fresh: set[int] = set()
+        # On a GPU, by parameter: whether a rule that is not timed has taken its first step, which may have been
+        # skipped there without the host's knowledge.
+        self._clocks: Any = WeakTensorKeyDictionary()
 
     @property
     def grad_norm(self) -> float | None:
         """Norm of all gradients before clipping, as of the last step; on a GPU, this waits for it."""
-        if self._norm_on_device:
-            self._grad_norm, self._norm_on_device = self.plan.device_norm(), False
-        return self._grad_norm
+        # Asked anew each time: a captured step leaves another norm at each replay.
+        return self.plan.device_norm() if self._norm_on_device else self._grad_norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """One step; `grad_scale` and `found_inf` on the optimizer are GradScaler's."""
@@ -261,24 +265,27 @@ class Engine:
         plan = self.plan
         try:
             stale = self._refresh(optimizer)
-            if stale is None:
-                self._reset(optimizer)
-                stale = self._refresh(optimizer)
-            assert stale is not None, "the groups changed during the step"
-            if capturing and self._referred:
-                raise RuntimeError(
-                    "the reference cannot be captured into a CUDA graph (`stepladder info` says why it is used)"
-                )
-            if capturing and stale:
+            if capturing and (stale is None or stale or not plan.scheduled):
                 raise RuntimeError(
                     "a step cannot be captured into a CUDA graph while parameters, gradients or states are new to "
                     "the optimizer: take at least one step with the same tensors before the capture"
                 )
+            if stale is None:
+                self._reset(optimizer)
+                stale = self._refresh(optimizer)
+            assert stale is not None, "the groups changed during the step"
             if stale or self._referred:
                 self._bind(optimizer, stale)
             announce = torch._C._increment_version if grad_scale is None else _announce_with_gradients
             device = plan.only_device()
-            if device is not None and all(x is None or is_on_gpu(x) for x in (found_inf, grad_scale)):
+            on_device = device is not None and all(x is None or is_on_gpu(x) for x in (found_inf, grad_scale))
+            if capturing and not on_device:
+                raise RuntimeError(
+                    "a step that needs the host, for parameters on several devices or by the reference, or for a "
+                    "gradient scale that is not on the GPU, cannot be captured into a CUDA graph"
+                )
+            if on_device:
+                assert device is not None
                 self._run_on_device(device[1], found_inf, grad_scale, announce)
                 return
             if found_inf is not None and float(found_inf) != 0.0:
@@ -310,6 +317,13 @@ class Engine:
         """Refuse to be captured where a replay would not do what a step does."""
         name = self.family.__name__
         for index, group in enumerate(optimizer.param_groups):
+            for key in RULES[self.family.rule(group)]["hyper"]:
+                values = group[key] if isinstance(group[key], (tuple, list)) else (group[key],)
+                if key != "lr" and any(is_on_gpu(value) for value in values):
+                    raise RuntimeError(
+                        f"{name}.step() is being captured into a CUDA graph, but {key!r} of group {index} is a tensor "
+                        "on the GPU, which the host would wait for: of the hyper-parameters only lr may be one"
+                    )
             if not group.get("capturable"):
                 raise RuntimeError(
                     f"{name}.step() is being captured into a CUDA graph, but group {index} has capturable="
@@ -408,7 +422,10 @@ class Engine:
             rounds = group.get("stochastic_rounding") and param.dtype == torch.bfloat16
             clock = None
             if backend in backends.ON_GPU and not family.timed and RULES[family.rule(group)]["states"]:
-                clock = torch.full((), 0.0 if fresh else 1.0, dtype=torch.float32, device=param.device)
+                clock = self._clocks.get(param)
+                if fresh or clock is None or clock.device != param.device:
+                    clock = torch.full((), 0.0 if fresh else 1.0, dtype=torch.float32, device=param.device)
+                    self._clocks[param] = clock
             self.plan.bind(
                 index,
                 backend,
