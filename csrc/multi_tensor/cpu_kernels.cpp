@@ -23,9 +23,9 @@ constexpr int kBlock =
     256;  // elements, few enough that memory is still read as one stream; a multiple of kLanes and of kPhiloxElements
 constexpr int kMaxDims = 64;
 
-template <class T>
+template <class T, int kElements = kBlock>
 struct Stage {
-  alignas(64) T columns[kColumns][kBlock];
+  alignas(64) T columns[kColumns][kElements];
 };
 
 template <class T, class S>
@@ -271,10 +271,85 @@ static inline void for_each_element(int64_t n, T* SL_RESTRICT w, const T* SL_RES
   }
 }
 
+// Half-precision columns that lie as they are worked on, a short span at a time and in a loop of fixed length:
+// conversions then overlap with divisions and roots. P stores parameter and gradient, S the states.
+constexpr int kSpan = 128;  // elements
+
+template <class S>
+static inline void load_span(const S* in, float* out) {
+  load_array(in, kSpan, out);
+}
+template <class S>
+static inline void store_span(S* out, const float* in) {
+  store_array(out, kSpan, in);
+}
+#if defined(__AVX512BW__)
+template <class S>
+static inline void load_half_span(const S* in, float* out) {
+  for (int i = 0; i < kSpan; i += 16) _mm512_storeu_ps(out + i, Half16::load(in + i));
+}
+template <class S>
+static inline void store_half_span(S* out, const float* in) {
+  for (int i = 0; i < kSpan; i += 16) Half16::store(out + i, _mm512_loadu_ps(in + i));
+}
+static inline void load_span(const bf16* in, float* out) { load_half_span(in, out); }
+static inline void load_span(const f16* in, float* out) { load_half_span(in, out); }
+static inline void store_span(bf16* out, const float* in) { store_half_span(out, in); }
+static inline void store_span(f16* out, const float* in) { store_half_span(out, in); }
+#elif defined(__F16C__)
+static inline void load_span(const f16* in, float* out) {
+  for (int i = 0; i < kSpan; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+}
+static inline void store_span(f16* out, const float* in) {
+  for (int i = 0; i < kSpan; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#endif
+
+template <class R, class P, class S>
+static void update_spans(const Tensor& tensor, int64_t begin, int64_t end) {
+  const auto scalars = *static_cast<const typename R::template Scalars<float>*>(tensor.scalars);
+  const auto column = [&](int c, auto type) { return static_cast<decltype(type)*>(tensor.columns[c].data); };
+  P* const weights = column(kParam, P());
+  const P* const grads = column(kGrad, P());
+  Stage<float, kSpan> stage;
+  float* states[kMaxStates];
+  for (int k = 0; k < kMaxStates; ++k) states[k] = stage.columns[kState + k];
+  for (int64_t at = begin; at < end; at += kSpan) {
+    load_span(weights + at, stage.columns[kParam]);
+    load_span(grads + at, stage.columns[kGrad]);
+    for (int k = 0; k < R::kNumStates; ++k) load_span(column(kState + k, S()) + at, states[k]);
+    for_each_element<R::kNumStates>(kSpan, stage.columns[kParam], stage.columns[kGrad], states,
+                                    [&](float& w, float g, float* state) { R::update(scalars, w, g, state); });
+    store_span(weights + at, stage.columns[kParam]);
+    for (int k = 0; k < R::kNumStates; ++k) store_span(column(kState + k, S()) + at, states[k]);
+  }
+}
+
+// Does what update_spans can do of a chunk; returns where it stopped.
+template <class R>
+static int64_t update_whole_spans(const Access<float>& access, int64_t begin, int64_t end, const GradientScale& scale) {
+  const Tensor& tensor = access.tensor;
+  const int64_t whole = begin + (end - begin) / kSpan * kSpan;
+  if (!access.flat() || tensor.stochastic || tensor.negate || scale.unscale || scale.clip) return begin;
+  const DType dtype = tensor.columns[kParam].dtype;
+  const DType state = R::kNumStates > 0 ? tensor.columns[kState].dtype : dtype;
+  bool alike = tensor.columns[kGrad].dtype == dtype;
+  for (int c = kState; c < tensor.num_columns; ++c) alike = alike && tensor.columns[c].dtype == state;
+  if (!alike) return begin;
+  if (dtype == DType::bf16 && state == DType::bf16) return update_spans<R, bf16, bf16>(tensor, begin, whole), whole;
+  if (dtype == DType::f16 && state == DType::f16) return update_spans<R, f16, f16>(tensor, begin, whole), whole;
+  if (dtype == DType::bf16 && state == DType::f32) return update_spans<R, bf16, float>(tensor, begin, whole), whole;
+  return begin;
+}
+
 template <class R, class T>
 static void update(const Tensor& tensor, int64_t begin, int64_t end, const GradientScale& scale) {
   const auto scalars = *static_cast<const typename R::template Scalars<T>*>(tensor.scalars);
   const Access<T> access{tensor, tensor.stochastic};
+  if constexpr (std::is_same<T, float>::value) begin = update_whole_spans<R>(access, begin, end, scale);
   const int64_t block = block_size(access, scale, end - begin);
   Stage<T> stage;
   for (int64_t at = begin; at < end; at += block) {
