@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from stepladder.bench.gpu import Contender, Gpu, GpuResult
 from stepladder.bench.measure import OURS, Settings
-from stepladder.bench.report import GREEN, cell, short
+from stepladder.bench.report import GREEN, cell, write_rows
 from stepladder.bench.results import Quantiles
 from stepladder.bench.rivals import ADAMW, COMPILED, NOT_INSTALLED
 
@@ -150,11 +149,7 @@ COLUMNS = (
 
 def write_csv(file: TextIO, facts: dict[str, Any], results: Iterable[GpuResult]) -> None:
     """One row for each contender of each case, ours first, each with the machine and its versions."""
-    writer = csv.DictWriter(file, [*facts, *COLUMNS], lineterminator="\n", restval="")
-    writer.writeheader()
-    for result in results:
-        for row in _csv_rows(result):
-            writer.writerow(facts | {key: short(value) for key, value in row.items()})
+    write_rows(file, facts, COLUMNS, (row for result in results for row in _csv_rows(result)))
 
 
 def _csv_rows(result: GpuResult) -> Iterator[dict[str, Any]]:

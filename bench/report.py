@@ -155,11 +155,15 @@ COLUMNS = (
 
 def write_csv(file: TextIO, facts: dict[str, Any], results: Iterable[Result]) -> None:
     """One row for each contender of each case, ours first, each with the machine and its versions."""
-    writer = csv.DictWriter(file, [*facts, *COLUMNS], lineterminator="\n", restval="")
+    write_rows(file, facts, COLUMNS, (row for result in results for row in _csv_rows(result)))
+
+
+def write_rows(file: TextIO, facts: dict[str, Any], columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Rows of CSV, each with the machine's facts before its own columns."""
+    writer = csv.DictWriter(file, [*facts, *columns], lineterminator="\n", restval="")
     writer.writeheader()
-    for result in results:
-        for row in _csv_rows(result):
-            writer.writerow(facts | {key: short(value) for key, value in row.items()})
+    for row in rows:
+        writer.writerow(facts | {key: short(value) for key, value in row.items()})
 
 
 def _csv_rows(result: Result) -> Iterator[dict[str, Any]]:

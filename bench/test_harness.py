@@ -15,9 +15,10 @@ import torch
 from click.testing import CliRunner
 
 import stepladder as sl
-from stepladder.bench import cli, rivals
+from stepladder.bench import cli, matrices, rivals
 from stepladder.bench.cases import CASES, DTYPES
 from stepladder.bench.check import TENSOR_ELEMENTS, TOTAL_ELEMENTS, check, sample
+from stepladder.bench.matrices import bench_matrices
 from stepladder.bench.measure import FEWEST_ROUNDS, OURS, YARDSTICK, Contenders, Settings, measure
 from stepladder.bench.results import fit, run
 from stepladder.bench.rivals import Other, Rival, names_of, rivals_of
@@ -187,3 +188,34 @@ def test_rivals_without_room_are_left_out() -> None:
         "wide": "needs 4.0 GiB of memory beside ours, 3.0 GiB are free",
         "own": "needs 4.0 GiB of memory beside ours, 3.0 GiB are free",
     }
+
+
+def test_matrices_are_checked_timed_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    size = ["--side", "24", "--aspect", "2", "--batch", "1", "--batch", "3"]
+    result = CliRunner().invoke(bench_matrices, [*size, "--no-muon", "--seconds", "0", "--csv", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "geometric mean of the ratios" in result.output
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["what"] for row in rows] == ["1x24x48", "3x24x48"]
+    for row in rows:
+        assert row["check"] == "ok"
+        assert float(row["ratio_median"]) > 0
+        assert float(row["gflops"]) * float(row["ours_ms_median"]) == pytest.approx(
+            matrices.flops(24, 48, int(row["what"][0])) / 1e6, rel=1e-4
+        )
+
+
+def test_wrong_matrices_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrices, "plain", lambda x: 1.5 * sl.reference.newton_schulz(x))
+    result = CliRunner().invoke(bench_matrices, ["--side", "24", "--aspect", "1", "--batch", "1", "--no-muon"])
+    assert result.exit_code == 1
+    assert "red" in result.output
+
+
+def test_muons_step_is_checked() -> None:
+    row = matrices.measure_muon([(24, 40), (40, 24)], "two", 0.0)
+    assert row.green
+    assert row.ratio is not None
+    assert row.flops == 2 * matrices.flops(24, 40, 1)

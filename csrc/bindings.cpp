@@ -8,6 +8,10 @@
 #include "common/gpu_runtime.h"
 #include "common/math.h"
 #include "multi_tensor/plan.h"
+#include "newton_schulz/cpu_bindings.h"
+#if defined(SL_HAS_CUDA)
+#include "newton_schulz/gpu_bindings.h"
+#endif
 #include "step_plan.h"
 #include "table_executor.h"
 #if defined(SL_EMULATED)
@@ -141,6 +145,10 @@ PYBIND11_MODULE(SL_MODULE, m) {
 #endif
 
   bind_tables(m);
+  bind_newton_schulz_cpu(m);
+#if defined(SL_HAS_CUDA)
+  bind_newton_schulz_gpu(m);
+#endif
 
   // Local: a second module, with the emulator in place of a GPU, may stand beside this one.
   py::class_<StepPlan>(m, "StepPlan", py::module_local())

@@ -1,8 +1,13 @@
-# The GPU executor, for nvcc and for the emulator alike.
+# The GPU's kernels and their hosts, for nvcc and for the emulator alike.
+set(GPU_MATRIX_SOURCES ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/gpu_on_chip.cu
+                       ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/gpu_grouped.cu)
 set(GPU_KERNEL_SOURCES ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_kernels.cu
-                       ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_norms.cu)
+                       ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_norms.cu
+                       ${GPU_MATRIX_SOURCES})
 set(GPU_HOST_SOURCES ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_executor.cpp
-                     ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_dispatch.cpp)
+                     ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_dispatch.cpp
+                     ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/gpu_iteration.cpp
+                     ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/gpu_bindings.cpp)
 
 # Kernels of one pair of storage dtypes: those of the parameter and of the states.
 function(add_gpu_pair target param state options)
@@ -28,5 +33,8 @@ function(add_gpu_sources target options)
   add_library(gpu_norms OBJECT ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/multi_tensor/gpu_norms.cu)
   target_compile_options(gpu_norms PRIVATE ${options})
   target_link_libraries(gpu_norms PRIVATE flags)
-  target_sources(${target} PRIVATE $<TARGET_OBJECTS:gpu_norms> ${GPU_HOST_SOURCES})
+  add_library(gpu_matrices OBJECT ${GPU_MATRIX_SOURCES})
+  target_compile_options(gpu_matrices PRIVATE ${options})
+  target_link_libraries(gpu_matrices PRIVATE flags)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:gpu_norms> $<TARGET_OBJECTS:gpu_matrices> ${GPU_HOST_SOURCES})
 endfunction()

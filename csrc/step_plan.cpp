@@ -630,6 +630,7 @@ StepPlan::Place& StepPlan::only_place() {
 }
 
 py::object StepPlan::only_device() {
+  if (places_.empty()) return py::none();
   prepare();
   const Place* found = nullptr;
   int places = 0;
@@ -638,9 +639,9 @@ py::object StepPlan::only_device() {
     found = &place;
     ++places;
   }
+  if (places != 1) return py::none();
   for (size_t i = 0; i < bound_.size(); ++i)
-    if (bound_[i].active && (bound_[i].skipped || plan_.tensors[i].executor == kOnCpu)) ++places;
-  if (places != 1 || found == nullptr) return py::none();
+    if (bound_[i].active && (bound_[i].skipped || plan_.tensors[i].executor == kOnCpu)) return py::none();
   return py::make_tuple(found->backend, found->device.index);
 }
 

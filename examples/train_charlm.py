@@ -1,6 +1,7 @@
 """Trains a small character-level GPT on the Python manual and times its optimizer.
 
     python examples/train_charlm.py --optimizer Lion
+    python examples/train_charlm.py --optimizer Muon --lr 0.02
     python examples/train_charlm.py --compare torch.AdamW:fused AdamW
 
 The text is the one behind Python's own help(), so nothing is downloaded.
@@ -30,6 +31,7 @@ import stepladder as sl
 
 # Learning rates that suit this model where --lr is not given, and the one for any other optimizer.
 RATES = {"SGD": 0.3, "Adagrad": 1e-2, "RMSprop": 1e-3, "Lion": 1e-3, "SignSGD": 1e-3, "LARS": 10.0, "LAMB": 3e-2}
+RATES |= {"Muon": 2e-2, "MuonH": 1e-2}
 OTHER_RATE = 3e-3
 FORMS = {"": {}, "fused": {"fused": True}, "foreach": {"foreach": True}, "forloop": {"foreach": False}}
 UNTIMED = 3  # first steps: they create states and warm up
@@ -95,12 +97,34 @@ def parse(spec: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     path, _, form = spec.partition(":")
     name = path.removeprefix("torch.")
     cls = getattr(torch.optim, name, None) if path != name else vars(sl.optim).get(name)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or form not in FORMS:
+    known = isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+    if not known or form not in FORMS or (cls is torch.optim.Muon and form):
         ours = ", ".join(sl.optim.__all__)
         raise click.BadParameter(
-            f"{spec!r} is none of {ours}, or torch.NAME with nothing, :fused, :foreach or :forloop"
+            f"{spec!r} is none of {ours}, or torch.NAME with nothing, :fused, :foreach or :forloop (Muon: nothing)"
         )
     return cls, {"lr": RATES.get(name, OTHER_RATE), **FORMS[form]}
+
+
+def optimizers(spec: str, model: nn.Module, lr: float | None, fallback_lr: float) -> list[torch.optim.Optimizer]:
+    """What steps a model: one object, or two where torch's Muon leaves the rest to AdamW."""
+    cls, arguments = parse(spec)
+    if lr is not None:
+        arguments["lr"] = lr
+    if not is_muon(spec):
+        return [cls(model.parameters(), **arguments)]
+    groups = sl.param_groups(
+        model, algorithm=getattr(cls, "algorithm", "muon"), adamw={"lr": fallback_lr, "weight_decay": 0.01}
+    )
+    if cls is not torch.optim.Muon:
+        return [cls(groups, **arguments)]
+    matrices = [p for group in groups if group["algorithm"] == "muon" for p in group["params"]]
+    rest = [p for group in groups if group["algorithm"] != "muon" for p in group["params"]]
+    return [cls(matrices, **arguments), torch.optim.AdamW(rest, lr=fallback_lr, weight_decay=0.01)]
+
+
+def is_muon(spec: str) -> bool:
+    return parse(spec)[0].__name__ in ("Muon", "MuonH")
 
 
 class Run:
@@ -111,49 +135,52 @@ class Run:
         torch.manual_seed(options["seed"])
         sizes = (options[key] for key in ("context", "width", "layers", "heads"))
         self.model = GPT(vocabulary, *sizes).to(getattr(torch, options["dtype"]))
-        cls, arguments = parse(name)
-        if options["lr"] is not None:
-            arguments["lr"] = options["lr"]
-        self.optimizer = cls(self.model.parameters(), **arguments)
+        self.optimizers = optimizers(name, self.model, options["lr"], options["fallback_lr"])
         steps, warmup = options["steps"], max(1, options["steps"] // 10)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda t: min((t + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, t - warmup) / (steps - warmup))),
-        )
+
+        def factor(t: int) -> float:
+            return min((t + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, t - warmup) / (steps - warmup)))
+
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in self.optimizers]
         self.losses: list[float] = []
         self.whole: list[float] = []  # forward, backward, clipping and the optimizer's step
         self.step: list[float] = []  # the optimizer's step
 
     def advance(self, x: Tensor, y: Tensor) -> None:
         started = time.perf_counter()
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss = self.model.loss(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         before = time.perf_counter()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         after = time.perf_counter()
-        self.schedule.step()
+        for schedule in self.schedules:
+            schedule.step()
         self.losses.append(loss.item())
         self.step.append(after - before)
         self.whole.append(after - started)
 
     @torch.no_grad()
     def nudge(self, generator: torch.Generator) -> None:
-        """Move every weight by one rounding, up or down."""
+        """Move every weight by one rounding of the step's coarsest arithmetic, up or down."""
         for p in self.model.parameters():
             sign = torch.randint(2, p.shape, generator=generator) * 2 - 1
-            p.mul_(1 + torch.finfo(p.dtype).eps * sign.to(p.dtype))
+            coarsest = torch.bfloat16 if is_muon(self.name) else p.dtype
+            p.mul_(1 + torch.finfo(coarsest).eps * sign.to(p.dtype))
+
+    @torch.no_grad()
+    def validate(self, x: Tensor, y: Tensor) -> float:
+        return self.model.loss(x, y).item()
 
     def result(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         """What --json reports of a run; x and y are the validation batch."""
-        with torch.no_grad():
-            validation = self.model.loss(x, y).item()
         step, whole = median(self.step[UNTIMED:]), median(self.whole[UNTIMED:])
         return {
             "optimizer": self.name,
             "losses": self.losses,
-            "validation_loss": validation,
+            "validation_loss": self.validate(x, y),
             "step_ms": 1e3 * step,
             "step_share": step / whole,
         }
@@ -164,8 +191,9 @@ def compare(a: Run, b: Run, nudged: Run) -> dict[str, Any]:
 
     Two implementations of one optimizer round differently at every step, and training lets each of these
     differences grow, by an amount that no formula gives. It is measured: `nudged` is run `a` from weights that
-    are one rounding off. Each of n steps brings about one such difference, the later ones with less time to
-    grow, so n times the effect of the first bounds the sum. The loss's own rounding is the least effect.
+    are one rounding off, to bf16 where Muon's iteration has that. Each of n steps brings about one such
+    difference, the later ones with less time to grow, so n times the effect of the first bounds the sum. The
+    loss's own rounding is the least effect.
     """
 
     def distance(one: Run, other: Run, steps: int) -> float:
@@ -221,6 +249,7 @@ def plot(results: list[dict[str, Any]], path: str) -> None:
 @click.option("--optimizer", default="AdamW", help="NAME of stepladder, or torch.NAME[:fused|:foreach|:forloop].")
 @click.option("--compare", "pair", nargs=2, metavar="A B", help="Two implementations of one optimizer, in step.")
 @click.option("--lr", type=float, help="Peak learning rate; each optimizer has a default.")
+@click.option("--fallback-lr", type=float, default=OTHER_RATE, help="Peak learning rate of AdamW beside Muon.")
 @click.option("--steps", type=click.IntRange(min=UNTIMED + 2), default=150)
 @click.option("--batch", type=click.IntRange(min=1), default=16)
 @click.option("--context", type=click.IntRange(min=1), default=64, help="Characters.")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from cases import Kernels
 
-from stepladder import backends, ops
+from stepladder import backends, newton_schulz, ops
 from stepladder.optim import engine
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +74,10 @@ def emulated(emulated_module, monkeypatch):
         for backend in backends.TABLE
     )
     monkeypatch.setattr(backends, "TABLE", table)
-    monkeypatch.setattr(engine, "_C", emulated_module)
-    monkeypatch.setattr(engine, "current_stream", lambda index: int(device.capturing))
+    for module in (engine, newton_schulz):
+        monkeypatch.setattr(module, "_C", emulated_module)
+        monkeypatch.setattr(module, "current_stream", lambda index: int(device.capturing))
+    monkeypatch.setattr(newton_schulz, "_kept", threading.local())
     monkeypatch.setattr(engine, "is_capturing", lambda: device.capturing)
     monkeypatch.setattr(engine, "is_on_gpu", lambda value: isinstance(value, torch.Tensor))
     monkeypatch.setattr(ops, "_plans", type(ops._plans)())

@@ -1,7 +1,8 @@
-"""The example, run as a user runs it, on a model small enough for a test; and the documents' code and links."""
+"""The examples, run as a user runs them, on a model small enough for a test; and the documents' code and links."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "train_charlm.py"
+SWEEP = ROOT / "examples" / "sweep_charlm.py"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TINY = {"steps": 30, "batch": 4, "context": 16, "width": 32, "layers": 2, "heads": 2, "threads": 1}
 
@@ -61,14 +63,62 @@ def test_curves_of_two_optimizers_do_not(tmp_path):
     assert not report["comparison"]["coincide"]
 
 
-def test_unknown_optimizer(tmp_path):
-    process, report = run(tmp_path, "--optimizer", "torch.Lion")
+def test_muon(tmp_path):
+    """Hidden matrices by Muon, the rest by AdamW, in one object or in torch's two."""
+    process, report = run(tmp_path, "--compare", "torch.Muon", "Muon", "--lr", "0.01", "--fallback-lr", "0.01")
+    assert process.returncode == 0, process.stdout + process.stderr
+    theirs, ours = report["runs"]
+    assert [theirs["optimizer"], ours["optimizer"]] == ["torch.Muon", "Muon"]
+    assert theirs["losses"][0] == ours["losses"][0]
+    assert ours["validation_loss"] < 3.7
+    assert report["settings"]["fallback_lr"] == 0.01
+
+
+@pytest.mark.parametrize("name", ["torch.Lion", "torch.Muon:fused", "Lion:quick", "Engine"])
+def test_unknown_optimizer(tmp_path, name):
+    process, report = run(tmp_path, "--optimizer", name)
     assert process.returncode == 2
-    assert "'torch.Lion' is none of" in process.stderr
+    assert f"'{name}' is none of" in process.stderr
     assert report is None
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/migration.md"])
+def sweep(tmp_path, *arguments):
+    """The finished process, and the rows that it wrote."""
+    path = tmp_path / "rows.csv"
+    sizes = [f"--{name}={value}" for name, value in TINY.items()]
+    process = subprocess.run([sys.executable, SWEEP, *sizes, "--csv", path, *arguments], capture_output=True, text=True)
+    return process, list(csv.DictReader(path.open())) if path.exists() else None
+
+
+def test_sweep(tmp_path):
+    """Every run is a row; the target is the first optimizer's mean final loss at its best rate."""
+    factors = ("--factor", "1", "--factor", "1e5")
+    process, rows = sweep(tmp_path, "AdamW", "Muon", *factors, "--seeds", "2", "--every", "10")
+    assert process.returncode == 0, process.stderr
+    keys = [(row["optimizer"], float(row["lr"]), int(row["seed"])) for row in rows]
+    rates = (("AdamW", 0.003), ("AdamW", 300.0), ("Muon", 0.02), ("Muon", 2000.0))
+    assert keys == [(name, lr, seed) for name, lr in rates for seed in range(2)]
+    (target,) = {float(row["target"]) for row in rows}
+    assert target == pytest.approx(sum(float(row["final_loss"]) for row in rows[:2]) / 2, rel=1e-12)
+    for row in rows:
+        if float(row["final_loss"]) <= target:
+            assert int(row["steps_to_target"]) in (10, 20, 30)
+        if float(row["lr"]) >= 300.0:
+            assert float(row["final_loss"]) > 4.0
+            assert row["steps_to_target"] == ""
+    # The one seed of two whose loss is below their mean has reached it.
+    assert any(row["steps_to_target"] for row in rows[:2])
+    assert "0.003 (least or greatest tried)" in process.stdout
+
+
+def test_sweep_of_an_unknown_optimizer(tmp_path):
+    process, rows = sweep(tmp_path, "AdamW", "Moun")
+    assert process.returncode == 2
+    assert "'Moun' is none of" in process.stderr
+    assert rows is None
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/migration.md", "docs/muon.md"])
 def test_code_in_documents(name):
     """A document's blocks run one after another, as a reader would type them."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)

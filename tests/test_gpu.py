@@ -408,3 +408,42 @@ def test_several_devices(gpu: Kernels):
         ours.step()
         theirs.step()
         assert_same(ours, theirs)
+
+
+# Of an update's norm: rounding operands to bf16 moves the result of five steps on small random matrices by less.
+UPDATE = 0.1
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_newton_schulz_of_a_list(gpu: Kernels, method: str):
+    shapes = [(12, 9), (8, 40), (2, 5, 6), (40, 70), (0, 3)]
+    given = [torch.randn(s).to(dtype) for s, dtype in zip(shapes, [torch.float32, torch.bfloat16] * 3, strict=False)]
+    results = sl.ops.newton_schulz([x.to(gpu.device) for x in given], method=method, backend=gpu.backend)
+    for x, y in zip(given, results, strict=True):
+        exact = reference.newton_schulz(x.double())
+        assert (y.dtype, y.shape) == (x.dtype, x.shape)
+        assert float((y.cpu().double() - exact).norm()) <= UPDATE * float(exact.norm())
+
+
+def test_muon_beside_adamw(gpu: Kernels):
+    """Momentum, iteration, decay and update of all matrices in one call; the other group in a launch of its own."""
+    starts = [torch.randn(s) for s in [(12, 9), (9, 30), (2, 6, 6)]]
+    params = [torch.nn.Parameter(w.clone().to(gpu.device)) for w in starts]
+    vector = torch.nn.Parameter(torch.zeros(5, device=gpu.device))
+    copies = [torch.nn.Parameter(w.double()) for w in starts]
+    ours = sl.Muon([{"params": params}, {"params": [vector], "algorithm": "adamw"}], lr=0.1, backend=gpu.backend)
+    exact = sl.Muon(copies, lr=0.1)
+    for _ in range(3):
+        for p, q in zip(params, copies, strict=True):
+            p.grad = torch.randn(q.shape, device=gpu.device)
+            q.grad = p.grad.cpu().double()
+        vector.grad = torch.ones(5, device=gpu.device)
+        ours.step()
+        exact.step()
+    for w, p, q in zip(starts, params, copies, strict=True):
+        error = (p.detach().cpu().double() - q.detach()).norm()
+        assert float(error) <= UPDATE * float((q.detach() - w).norm())
+        buffers = ours.state[p]["momentum_buffer"].cpu().double(), exact.state[q]["momentum_buffer"]
+        # Three averages in fp32, each rounded a few times.
+        torch.testing.assert_close(*buffers, rtol=2.0**-20, atol=2.0**-20)
+    assert (vector.detach() < 0).all()

@@ -27,6 +27,7 @@ def test_info(tmp_path):
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["threads"]["torch"] == torch.get_num_threads()
     assert facts["cpu"]["kernels"] in facts["cpu"]["kernels_available"]
+    assert facts["cpu"]["matrix_unit"] in facts["cpu"]["matrix_units_available"]
     assert [row["name"] for row in facts["backends"]] == list(backends.NAMES)
     for row in facts["backends"]:
         assert row["available"] == (row["reason"] is None)

@@ -151,7 +151,7 @@ def arithmetic_faults(ptx: str) -> list[str]:
 
 def test_every_kernel_is_there_by_its_name(kernels):
     expected = [name for pair in cubins.PAIRS for name in cubins.names_of_pair(pair)]
-    assert [kernel.name for kernel in kernels] == sorted([*expected, *cubins.NORM_KERNELS])
+    assert [kernel.name for kernel in kernels] == sorted([*expected, *cubins.NORM_KERNELS, *cubins.MATRIX_KERNELS])
 
 
 def test_no_kernel_spills(kernels):
@@ -169,8 +169,11 @@ def test_other_kernels_that_store_elements_do_so_too(kernels):
 
 
 def test_every_multiprocessor_has_room_for_two_blocks(kernels):
-    """Else nothing is in flight while a block looks up its next tensor."""
-    assert [kernel.name for kernel in kernels if kernel.occupancy.blocks < 2] == []
+    """Else nothing is in flight while a block looks up its next tensor.
+
+    But for one, which keeps two tiles of sums in registers, and copies its next panel in the meantime.
+    """
+    assert [kernel.name for kernel in kernels if kernel.occupancy.blocks < 2] == ["streamed_128"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@
 
 #define SL_DEVICE __device__ __forceinline__
 #define SL_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// Registers are spared so that a multiprocessor takes two blocks.
+#define SL_KERNEL_OF_TWO(threads) __global__ void __launch_bounds__(threads, 2)
 // A kernel's only parameter: read in place, never copied to the stack.
 #define SL_ARGUMENTS(type) const __grid_constant__ type
 #define SL_SHARED(type, name) __shared__ type name
@@ -19,6 +21,7 @@
 
 #define SL_DEVICE inline
 #define SL_KERNEL(threads) void
+#define SL_KERNEL_OF_TWO(threads) void
 #define SL_ARGUMENTS(type) const type&
 #define SL_SHARED(type, name) \
   static const char name##_site = 0; \
@@ -75,6 +78,113 @@ SL_DEVICE void store16(void* to, const Bytes16& value) {
                : "memory");
 #elif !defined(__CUDACC__)
   ::emulator::access(to, to, &value, sizeof(value));
+#endif
+}
+
+// The dynamic shared memory that the launch gave the block.
+SL_DEVICE char* dynamic_shared() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(128) char bytes[];
+  return bytes;
+#else
+  return static_cast<char*>(::emulator::dynamic_shared());
+#endif
+}
+
+// ldmatrix: matrices of 8x8 elements of 2 bytes in shared memory. Lane 8i + r gives the address of row r of matrix
+// i, aligned to 16 bytes, and gets elements 2(lane % 4) and the next of row lane / 4 of each matrix, or of its
+// transpose.
+template <int kCount, bool kTransposed>
+SL_DEVICE void load_matrices(const void* row, uint32_t* out) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4, "ldmatrix takes 1, 2 or 4 matrices");
+#if defined(__CUDA_ARCH__)
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if (kCount == 1 && !kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(address));
+  if (kCount == 1 && kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(address));
+  if (kCount == 2 && !kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(address));
+  if (kCount == 2 && kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(address));
+  if (kCount == 4 && !kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address));
+  if (kCount == 4 && kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address));
+#elif !defined(__CUDACC__)
+  ::emulator::load_matrices(row, kCount, kTransposed, out);
+#endif
+}
+
+// mma.m16n8k16: sum += a b, in fp32. Lane 4g + t holds of a the pairs at (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8), of
+// b those at (2t, g), (2t+8, g), one below the other, of the sum those at (g, 2t), (g+8, 2t).
+#if defined(__CUDA_ARCH__)
+#define SL_MMA(type) \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#endif
+SL_DEVICE void multiply_bf16(float* sum, const uint32_t* a, const uint32_t* b) {
+#if defined(__CUDA_ARCH__)
+  SL_MMA("bf16");
+#elif !defined(__CUDACC__)
+  ::emulator::multiply_matrices(::emulator::Half::bf16, sum, a, b);
+#endif
+}
+SL_DEVICE void multiply_f16(float* sum, const uint32_t* a, const uint32_t* b) {
+#if defined(__CUDA_ARCH__)
+  SL_MMA("f16");
+#elif !defined(__CUDACC__)
+  ::emulator::multiply_matrices(::emulator::Half::f16, sum, a, b);
+#endif
+}
+
+// cp.async: 16 bytes from global to shared memory, both aligned to them; zeros where not `inside`, and then nothing
+// is read. They are there, for this thread, when it has waited for the group that it committed them in.
+SL_DEVICE void copy_async(void* to, const void* from, bool inside) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0)
+      : "memory");
+#elif !defined(__CUDACC__)
+  ::emulator::copy_async(to, from, inside ? 16 : 0);
+#endif
+}
+SL_DEVICE void commit_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDACC__)
+  ::emulator::commit_copies();
+#endif
+}
+// Until at most the last `kGroups` committed groups are in flight.
+template <int kGroups>
+SL_DEVICE void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#elif !defined(__CUDACC__)
+  ::emulator::wait_for_copies(kGroups);
+#endif
+}
+
+// Two bf16 in a word, `low` at the lower address, rounded to nearest even.
+SL_DEVICE uint32_t pack_bf16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  return static_cast<uint32_t>(to_bf16(low).bits) | static_cast<uint32_t>(to_bf16(high).bits) << 16;
 #endif
 }
 

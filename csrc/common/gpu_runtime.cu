@@ -34,6 +34,13 @@ struct OwnStream {
   ~OwnStream() { cudaStreamDestroy(handle); }
 };
 
+// Beyond 48 KiB a kernel has to ask, on each device.
+void ask_for_shared(const Kernel& kernel) {
+  if (kernel.shared_bytes <= 48 << 10) return;
+  SL_CUDA(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(kernel.shared_bytes)));
+}
+
 }  // namespace
 
 std::vector<Device> devices(std::string* reason) {
@@ -69,9 +76,17 @@ int multiprocessors() {
 
 int blocks_per_multiprocessor(const Kernel& kernel) {
   int blocks;
-  SL_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads, 0));
+  ask_for_shared(kernel);
+  SL_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads, kernel.shared_bytes));
   SL_CHECK(blocks > 0, "the kernel ", kernel.name, " does not fit this device");
   return blocks;
+}
+
+size_t max_shared_bytes() {
+  int device, bytes;
+  SL_CUDA(cudaGetDevice(&device));
+  SL_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return static_cast<size_t>(bytes);
 }
 
 void* allocate(size_t bytes) {
@@ -151,7 +166,8 @@ void Event::hold(Stream stream) {
 
 void launch(const Kernel& kernel, int blocks, const void* arguments, Stream stream) {
   void* parameters[] = {const_cast<void*>(arguments)};
-  SL_CUDA(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kernel.threads), parameters, 0,
+  ask_for_shared(kernel);
+  SL_CUDA(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kernel.threads), parameters, kernel.shared_bytes,
                            static_cast<cudaStream_t>(stream)));
   ++launched;
 }

@@ -26,6 +26,7 @@ struct Kernel {
   size_t argument_bytes;
   const void* function;
   void (*call)(const void* function, const void* arguments);  // the emulator's; null under CUDA
+  size_t shared_bytes = 0;                                    // dynamic shared memory of a block
 };
 
 using Stream = void*;
@@ -46,6 +47,7 @@ class Guard {
 // All below act on the current device.
 int multiprocessors();
 int blocks_per_multiprocessor(const Kernel& kernel);
+size_t max_shared_bytes();  // of a block, where it asks for it
 
 void* allocate(size_t bytes);  // zeroed
 void release(void* memory);

@@ -1,11 +1,13 @@
 #include "emulator/emulator.h"
 
 #include <algorithm>
+#include <deque>
 #include <exception>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "common/dtype.h"
 #include "common/error.h"
 #include "emulator/fiber.h"
 #include "emulator/races.h"
@@ -27,9 +29,17 @@ const char* name(Collective kind) {
     case Collective::warp_barrier: return "__syncwarp";
     case Collective::shuffle: return "a shuffle";
     case Collective::ballot: return "a vote";
+    case Collective::matrix_load: return "ldmatrix";
+    case Collective::matrix_product: return "mma";
   }
   return "";
 }
+
+struct Copy {
+  void* to;
+  const void* from;
+  int source_bytes;
+};
 
 struct Lane {
   Fiber fiber;
@@ -39,6 +49,8 @@ struct Lane {
   Collective kind = Collective::block_barrier;
   unsigned mask = 0;
   uint64_t value = 0;
+  std::vector<Copy> copies;              // not yet committed
+  std::deque<std::vector<Copy>> groups;  // in flight
 };
 
 struct Shared {
@@ -49,8 +61,13 @@ struct Shared {
 
 class Block {
  public:
-  Block(Call call, const void* function, const void* arguments, int threads)
-      : call_(call), function_(function), arguments_(arguments), lanes_(threads), stacks_(new char[threads * kStack]) {}
+  Block(Call call, const void* function, const void* arguments, int threads, size_t shared_bytes)
+      : call_(call),
+        function_(function),
+        arguments_(arguments),
+        shared_bytes_(shared_bytes),
+        lanes_(threads),
+        stacks_(new char[threads * kStack]) {}
 
   void run(unsigned block, unsigned grid) {
     const int threads = static_cast<int>(lanes_.size());
@@ -62,6 +79,8 @@ class Block {
     for (int i = 0; i < threads; ++i) {
       Lane& lane = lanes_[i];
       lane.done = lane.waiting = false;
+      lane.copies.clear();
+      lane.groups.clear();
       lane.thread.thread.x = i;
       lane.thread.block.x = block;
       lane.thread.block_dim.x = threads;
@@ -90,6 +109,23 @@ class Block {
     return shared_.back().memory.get();
   }
 
+  void* dynamic_shared() {
+    static const char site = 0;
+    if (shared_bytes_ == 0) fail(__FILE__, __LINE__, "the launch gave no dynamic shared memory");
+    return shared(&site, shared_bytes_);
+  }
+
+  // 16 aligned bytes of the block's shared memory.
+  void check_shared(const char* what, const void* address) const {
+    const auto at = reinterpret_cast<uintptr_t>(address);
+    const bool inside = std::any_of(shared_.begin(), shared_.end(), [&](const Shared& s) {
+      const auto begin = reinterpret_cast<uintptr_t>(s.memory.get());
+      return at >= begin && at + 16 <= begin + s.bytes;
+    });
+    if (!inside) fail(__FILE__, __LINE__, what, ": 16 bytes at ", address, " are not in shared memory");
+    if (at % 16 != 0) fail(__FILE__, __LINE__, what, ": ", address, " is not aligned to 16 bytes");
+  }
+
   void block_barrier() {
     wait(Collective::block_barrier, 0, 0);
     if (++arrived_ == left_) {
@@ -102,7 +138,9 @@ class Block {
 
   // Lanes that leave a warp's collective find each other's values in place: a lane comes to its next only
   // after it has read, and the last to come lets all go at once.
-  uint64_t warp_exchange(Collective kind, unsigned mask, uint64_t value, unsigned source) {
+  // `together`: what the last to come does with all values.
+  uint64_t warp_exchange(Collective kind, unsigned mask, uint64_t value, unsigned source,
+                         void (*together)(const uint64_t* values) = nullptr) {
     const int warp = running_ / kWarp * kWarp;
     const unsigned self = running_ % kWarp;
     if (!(mask >> self & 1))
@@ -121,6 +159,7 @@ class Block {
       uint64_t values[kWarp] = {};
       for (int l = 0; l < kWarp; ++l)
         if (mask >> l & 1) values[l] = lanes_[warp + l].value;
+      if (together != nullptr) together(values);
       unsigned votes = 0;
       for (int l = 0; l < kWarp; ++l) votes |= static_cast<unsigned>(values[l] != 0 && (mask >> l & 1)) << l;
       for (int l = 0; l < kWarp; ++l) {
@@ -190,8 +229,8 @@ class Block {
 
   std::string describe() const {
     std::string text;
-    for (Collective kind :
-         {Collective::block_barrier, Collective::warp_barrier, Collective::shuffle, Collective::ballot}) {
+    for (Collective kind : {Collective::block_barrier, Collective::warp_barrier, Collective::shuffle,
+                            Collective::ballot, Collective::matrix_load, Collective::matrix_product}) {
       const auto n = std::count_if(lanes_.begin(), lanes_.end(),
                                    [&](const Lane& l) { return !l.done && l.waiting && l.kind == kind; });
       if (n > 0) text += std::to_string(n) + " threads wait in " + name(kind) + ", ";
@@ -206,6 +245,7 @@ class Block {
   Call call_;
   const void* function_;
   const void* arguments_;
+  size_t shared_bytes_;
   std::vector<Lane> lanes_;
   std::vector<Exchanged> exchanged_ = std::vector<Exchanged>((lanes_.size() + kWarp - 1) / kWarp);
   std::unique_ptr<char[]> stacks_;
@@ -217,14 +257,112 @@ class Block {
 
 thread_local Block* block = nullptr;
 
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct MatrixLoad {
+  const void* row;
+  int count;
+  bool transposed;
+  uint32_t* out;
+};
+
+void load_for_all(const uint64_t* values) {
+  const MatrixLoad* loads[kWarp];
+  for (int l = 0; l < kWarp; ++l) loads[l] = reinterpret_cast<const MatrixLoad*>(values[l]);
+  for (int i = 0; i < loads[0]->count; ++i) {
+    uint16_t matrix[8][8];
+    for (int r = 0; r < 8; ++r) memcpy(matrix[r], loads[8 * i + r]->row, 16);
+    for (int l = 0; l < kWarp; ++l) {
+      const int r = l / 4, c = l % 4 * 2;
+      const uint32_t first = loads[0]->transposed ? matrix[c][r] : matrix[r][c];
+      const uint32_t second = loads[0]->transposed ? matrix[c + 1][r] : matrix[r][c + 1];
+      loads[l]->out[i] = first | second << 16;
+    }
+  }
+}
+
+struct MatrixProduct {
+  Half type;
+  float* sum;
+  const uint32_t *a, *b;
+};
+
+void widen(Half type, uint32_t word, float* pair) {
+  for (int k = 0; k < 2; ++k) {
+    const auto bits = static_cast<uint16_t>(word >> 16 * k);
+    pair[k] = type == Half::bf16 ? to_float(stepladder::bf16{bits}) : to_float(stepladder::f16{bits});
+  }
+}
+
+void multiply_for_all(const uint64_t* values) {
+  float a[16][16], b[8][16];
+  const MatrixProduct* products[kWarp];
+  for (int l = 0; l < kWarp; ++l) {
+    const MatrixProduct& p = *(products[l] = reinterpret_cast<const MatrixProduct*>(values[l]));
+    const int group = l / 4, pair = l % 4 * 2;
+    for (int k = 0; k < 4; ++k) widen(p.type, p.a[k], &a[group + k % 2 * 8][pair + k / 2 * 8]);
+    for (int k = 0; k < 2; ++k) widen(p.type, p.b[k], &b[group][pair + k * 8]);
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    for (int k = 0; k < 4; ++k) {
+      const float* const row = a[l / 4 + k / 2 * 8];
+      const float* const column = b[l % 4 * 2 + k % 2];
+      float sum = products[l]->sum[k];
+      for (int i = 0; i < 16; ++i) sum += row[i] * column[i];
+      products[l]->sum[k] = sum;
+    }
+  }
+}
+
 }  // namespace
 
 const Thread& current() { return block->lane().thread; }
 unsigned lane() { return block->index() % kWarp; }
 void* shared(const void* site, size_t bytes) { return block->shared(site, bytes); }
+void* dynamic_shared() { return block->dynamic_shared(); }
 void block_barrier() { block->block_barrier(); }
 uint64_t warp_exchange(Collective kind, unsigned mask, uint64_t value, unsigned source) {
   return block->warp_exchange(kind, mask, value, source);
+}
+
+void load_matrices(const void* row, int count, bool transposed, uint32_t* out) {
+  if (static_cast<int>(lane()) < 8 * count) {
+    block->check_shared("ldmatrix", row);
+    races::read(row, 16);
+  }
+  const MatrixLoad load{row, count, transposed, out};
+  block->warp_exchange(Collective::matrix_load, kAllLanes, reinterpret_cast<uintptr_t>(&load), 0, load_for_all);
+}
+
+void multiply_matrices(Half type, float* sum, const uint32_t* a, const uint32_t* b) {
+  const MatrixProduct product{type, sum, a, b};
+  block->warp_exchange(Collective::matrix_product, kAllLanes, reinterpret_cast<uintptr_t>(&product), 0,
+                       multiply_for_all);
+}
+
+void copy_async(void* to, const void* from, int source_bytes) {
+  block->check_shared("cp.async", to);
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    fail(__FILE__, __LINE__, "cp.async: the source ", from, " is not aligned to 16 bytes");
+  races::begin_copy(to, 16);
+  block->lane().copies.push_back({to, from, source_bytes});
+}
+
+void commit_copies() {
+  Lane& self = block->lane();
+  self.groups.push_back(std::move(self.copies));
+  self.copies.clear();
+}
+
+void wait_for_copies(int groups_left) {
+  Lane& self = block->lane();
+  for (; static_cast<int>(self.groups.size()) > groups_left; self.groups.pop_front()) {
+    for (const Copy& copy : self.groups.front()) {
+      memset(copy.to, 0, 16);
+      if (copy.source_bytes > 0) memcpy(copy.to, copy.from, copy.source_bytes);
+      races::end_copy(copy.to, 16);
+    }
+  }
 }
 
 void access(const void* address, void* to, const void* from, size_t bytes) {
@@ -233,8 +371,9 @@ void access(const void* address, void* to, const void* from, size_t bytes) {
   memcpy(to, from, bytes);
 }
 
-void run(Call call, const void* function, const void* arguments, unsigned blocks, unsigned threads) {
-  Block one(call, function, arguments, static_cast<int>(threads));
+void run(Call call, const void* function, const void* arguments, unsigned blocks, unsigned threads,
+         size_t shared_bytes) {
+  Block one(call, function, arguments, static_cast<int>(threads), shared_bytes);
   Block* const outer = block;
   block = &one;
   try {

@@ -4,7 +4,9 @@
 //
 // Shared memory is poisoned before each block and allocated at its exact size, so that AddressSanitizer sees
 // overruns. With SL_EMULATOR_RACES, kernels compiled with -fsanitize=thread have each access to shared
-// memory checked: two threads may meet there only across a barrier.
+// memory checked: two threads may meet there only across a barrier, and nobody where a copy is in flight.
+//
+// An asynchronous copy is made as late as a device may make it: when its thread waits for it.
 #pragma once
 
 #include <cstddef>
@@ -26,15 +28,29 @@ const Thread& current();
 
 // A block's variable, told apart by the address of its site.
 void* shared(const void* site, size_t bytes);
+// What the launch asked for.
+void* dynamic_shared();
 
 void access(const void* address, void* to, const void* from, size_t bytes);
 
-enum class Collective : int { block_barrier, warp_barrier, shuffle, ballot };
+enum class Collective : int { block_barrier, warp_barrier, shuffle, ballot, matrix_load, matrix_product };
 
 void block_barrier();
 // Waits until all lanes of `mask` have come with their values; then reads the value of `source`.
 uint64_t warp_exchange(Collective kind, unsigned mask, uint64_t value, unsigned source);
 unsigned lane();
+
+// ldmatrix: lane 8i + r gives the address of row r of matrix i, 8 elements of 2 bytes; `out` has a word for each
+// of `count` matrices.
+void load_matrices(const void* row, int count, bool transposed, uint32_t* out);
+enum class Half : int { bf16, f16 };
+// mma.m16n8k16: sum += a b, in fp32.
+void multiply_matrices(Half type, float* sum, const uint32_t* a, const uint32_t* b);
+
+// cp.async: 16 bytes to shared memory, of which the first `source_bytes` are read and the rest are zero.
+void copy_async(void* to, const void* from, int source_bytes);
+void commit_copies();
+void wait_for_copies(int groups_left);
 
 template <class T>
 uint64_t pack(T value) {

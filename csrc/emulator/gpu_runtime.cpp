@@ -24,7 +24,7 @@ std::vector<Node> graph;
 
 void run(const Kernel& kernel, int blocks, const void* arguments) {
   emulator::run(kernel.call, kernel.function, arguments, static_cast<unsigned>(blocks),
-                static_cast<unsigned>(kernel.threads));
+                static_cast<unsigned>(kernel.threads), kernel.shared_bytes);
 }
 
 }  // namespace
@@ -37,6 +37,7 @@ Guard::~Guard() = default;
 // Few, so that blocks take several chunks each.
 int multiprocessors() { return 2; }
 int blocks_per_multiprocessor(const Kernel&) { return 2; }
+size_t max_shared_bytes() { return size_t{227} << 10; }
 
 void* allocate(size_t bytes) {
   void* memory = calloc(1, bytes);

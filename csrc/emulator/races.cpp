@@ -21,6 +21,7 @@ struct Touch {
 struct Cell {
   Touch write, read;
   bool many_readers = false;
+  bool in_flight = false;  // `write` began a copy that has not been waited for
 };
 
 struct Region {
@@ -38,13 +39,16 @@ bool ordered(const Touch& before, int thread) {
   return before.thread / 32 == thread / 32 && before.warp_epoch != warp_epochs[thread / 32];
 }
 
-void report(const char* what, const Touch& before, int thread, size_t offset) {
+void report(const char* what, const Touch& before, int thread, size_t offset,
+            const char* why = "no barrier stands between them") {
   if (!first.empty()) return;
   first = "threads " + std::to_string(before.thread) + " and " + std::to_string(thread) + " race (" + what +
-          ") at byte " + std::to_string(offset) + " of a shared variable: no barrier stands between them";
+          ") at byte " + std::to_string(offset) + " of a shared variable: " + why;
 }
 
-void touch(const void* address, size_t bytes, bool write) {
+enum class Flight { none, begins, ends };
+
+void touch(const void* address, size_t bytes, bool write, Flight flight = Flight::none) {
   const auto at = reinterpret_cast<uintptr_t>(address);
   for (Region& region : regions) {
     if (at < region.begin || at >= region.begin + region.cells.size()) continue;
@@ -52,12 +56,23 @@ void touch(const void* address, size_t bytes, bool write) {
     const Touch now{thread, block_epoch, warp_epochs[thread / 32]};
     for (size_t b = at - region.begin; b < at - region.begin + bytes && b < region.cells.size(); ++b) {
       Cell& cell = region.cells[b];
+      if (flight == Flight::ends) {
+        cell.in_flight = false;
+        cell.write = now;
+        continue;
+      }
+      if (cell.in_flight) {
+        report(write ? "a copy, then a write" : "a copy, then a read", cell.write, thread, b,
+               "the copy was not waited for");
+        continue;
+      }
       if (!ordered(cell.write, thread)) report(write ? "two writes" : "a write, then a read", cell.write, thread, b);
       if (write) {
         if (!ordered(cell.read, thread) || (cell.many_readers && cell.read.block_epoch == block_epoch))
           report("a read, then a write", cell.read, thread, b);
         cell.write = now;
         cell.many_readers = false;
+        cell.in_flight = flight == Flight::begins;
       } else {
         cell.many_readers = !ordered(cell.read, thread) || (cell.many_readers && cell.read.block_epoch == block_epoch);
         cell.read = now;
@@ -85,6 +100,10 @@ void block_barrier() { ++block_epoch; }
 void warp_barrier(int first_thread, unsigned mask) {
   if (mask == 0xffffffffu) ++warp_epochs[first_thread / 32];
 }
+
+void read(const void* memory, size_t bytes) { touch(memory, bytes, false); }
+void begin_copy(const void* memory, size_t bytes) { touch(memory, bytes, true, Flight::begins); }
+void end_copy(const void* memory, size_t bytes) { touch(memory, bytes, true, Flight::ends); }
 
 std::string found() { return first; }
 

@@ -94,7 +94,8 @@ void PlacedTable::place(Launch* launch, UploadRing& ring, gpu::Stream stream) {
   }
   if (begin == end) return;
   ring.upload(device_.as<uint64_t>() + begin, words.data() + begin, end - begin, stream);
-  uploaded_ = words;
+  uploaded_.resize(words.size());
+  std::copy(words.begin() + begin, words.begin() + end, uploaded_.begin() + begin);
 }
 
 GpuExecutor::~GpuExecutor() {

@@ -11,7 +11,9 @@ import torch as _torch  # noqa: F401
 
 from stepladder import ops, reference
 from stepladder.accelerate import accelerate
-from stepladder.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, Lion, RMSprop, SignSGD
+from stepladder.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, Lion, Muon, MuonH, RMSprop, SignSGD
+from stepladder.qk_clip import qk_clip_
+from stepladder.routing import ParamGroups, param_groups
 
 __version__ = _version("stepladder")
 
@@ -23,9 +25,14 @@ __all__ = [
     "Adam",
     "AdamW",
     "Lion",
+    "Muon",
+    "MuonH",
+    "ParamGroups",
     "RMSprop",
     "SignSGD",
     "accelerate",
     "ops",
+    "param_groups",
+    "qk_clip_",
     "reference",
 ]

@@ -119,3 +119,9 @@ def choose(name: str | None, device_type: str) -> str:
                 )
             return backend.name
     raise AssertionError("the reference serves every device")
+
+
+def current_stream(device: int) -> int:
+    """Handle of the stream that is current on a GPU."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream

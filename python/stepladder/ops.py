@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from stepladder import _C, backends, reference
+from stepladder.newton_schulz import newton_schulz
 from stepladder.optim.engine import check_gradient, clip_factor, new_plan
+
+__all__ = ["clip_grad_norm_", "newton_schulz"]
 
 
 @torch.no_grad()

@@ -117,6 +117,204 @@ collectives(SL_ARGUMENTS(Arguments) a) {
   atomicAdd(a.out, right ? 1 : 0);
 }
 
+// Matrices with small integers, whose products are exact.
+template <class T>
+struct alignas(16) Matrices {
+  T a[16][24], b[16][24];  // rows of 48 bytes
+};
+
+SL_DEVICE float a_of(unsigned row, unsigned column) {
+  return static_cast<float>(row) - 3.0f * static_cast<float>(column % 5);
+}
+SL_DEVICE float b_of(unsigned row, unsigned column) {
+  return static_cast<float>(row % 7) + 2.0f * static_cast<float>(column);
+}
+
+template <class T>
+SL_DEVICE void fill(Matrices<T>& m) {
+  for (unsigned i = threadIdx.x; i < 256; i += kThreads) {
+    store_as(&m.a[i / 16][i % 16], a_of(i / 16, i % 16));
+    store_as(&m.b[i / 16][i % 16], b_of(i / 16, i % 16));
+  }
+  __syncthreads();
+}
+
+SL_DEVICE float half_of(uint32_t word, int which) { return to_float(bf16{static_cast<uint16_t>(word >> 16 * which)}); }
+
+// Each lane's words, of matrices and of their transposes.
+SL_KERNEL(kThreads)
+matrix_loads(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Matrices<bf16>, m);
+  fill(m);
+  const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
+  uint32_t four[4], across[4], two[2], one[1];
+  // Quarters of a: upper left, lower left, upper right, lower right.
+  const bf16* const row = &m.a[lane % 16][lane / 16 * 8];
+  gpu::load_matrices<4, false>(row, four);
+  gpu::load_matrices<4, true>(row, across);
+  gpu::load_matrices<2, false>(lane < 16 ? row : nullptr, two);
+  gpu::load_matrices<1, true>(lane < 8 ? row : nullptr, one);
+  bool right = true;
+  for (unsigned q = 0; q < 4; ++q) {
+    const unsigned r = q % 2 * 8, c = q / 2 * 8;
+    for (unsigned k = 0; k < 2; ++k) {
+      right = right && half_of(four[q], k) == a_of(r + g, c + t + k) && half_of(across[q], k) == a_of(r + t + k, c + g);
+      if (q < 2) right = right && half_of(two[q], k) == a_of(r + g, c + t + k);
+      if (q < 1) right = right && half_of(one[q], k) == a_of(r + t + k, c + g);
+    }
+  }
+  atomicAdd(a.out, right ? 1 : 0);
+}
+
+template <class T, class Multiply>
+SL_DEVICE bool multiplies(Matrices<T>& m, Multiply multiply) {
+  fill(m);
+  const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
+  uint32_t left[4], right[2];
+  gpu::load_matrices<4, false>(&m.a[lane % 16][lane / 16 * 8], left);
+  gpu::load_matrices<2, true>(&m.b[lane % 16][0], right);
+  float sum[4] = {1.0f, 2.0f, 3.0f, 4.0f};
+  multiply(sum, left, right);
+  bool correct = true;
+  for (unsigned k = 0; k < 4; ++k) {
+    float expected = static_cast<float>(k + 1);
+    for (unsigned i = 0; i < 16; ++i) expected += a_of(g + k / 2 * 8, i) * b_of(i, t + k % 2);
+    correct = correct && sum[k] == expected;
+  }
+  return correct;
+}
+
+SL_KERNEL(kThreads)
+matrix_products(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Matrices<bf16>, wide);
+  SL_SHARED(Matrices<f16>, narrow);
+  const bool first =
+      multiplies(wide, [](float* s, const uint32_t* l, const uint32_t* r) { gpu::multiply_bf16(s, l, r); });
+  const bool second =
+      multiplies(narrow, [](float* s, const uint32_t* l, const uint32_t* r) { gpu::multiply_f16(s, l, r); });
+  atomicAdd(a.out, first && second ? 1 : 0);
+}
+
+struct alignas(16) Line {
+  int of[4];
+};
+
+alignas(16) Line source[2 * kThreads + 1];
+
+SL_DEVICE void fill_source() {
+  for (int i = 0; i < 2 * kThreads; ++i) source[i] = {{4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3}};
+}
+
+// Two groups in flight, in dynamic shared memory; every third line is zeros.
+SL_DEVICE Line* begin_copies() {
+  fill_source();
+  Line* const lines = reinterpret_cast<Line*>(gpu::dynamic_shared());
+  for (unsigned n = 0; n < 2; ++n) {
+    const unsigned i = n * kThreads + threadIdx.x;
+    gpu::copy_async(&lines[i], &source[i], i % 3 != 0);
+    gpu::commit_copies();
+  }
+  return lines;
+}
+
+SL_DEVICE int is_copied(const Line* lines, unsigned i) {
+  int right = 1;
+  for (int k = 0; k < 4; ++k) right = right && lines[i].of[k] == (i % 3 != 0 ? static_cast<int>(4 * i) + k : 0);
+  return right;
+}
+
+SL_KERNEL(kThreads)
+copies(SL_ARGUMENTS(Arguments) a) {
+  const Line* const lines = begin_copies();
+  gpu::wait_for_copies<1>();
+  __syncthreads();
+  atomicAdd(a.out, is_copied(lines, (threadIdx.x + 1) % kThreads));
+  gpu::wait_for_copies<0>();
+  atomicAdd(a.out, is_copied(lines, kThreads + threadIdx.x));  // its own needs no barrier
+}
+
+// The second group is still in flight.
+SL_KERNEL(kThreads)
+missing_wait(SL_ARGUMENTS(Arguments) a) {
+  const Line* const lines = begin_copies();
+  gpu::wait_for_copies<1>();
+  __syncthreads();
+  atomicAdd(a.out, is_copied(lines, kThreads + threadIdx.x));
+}
+
+SL_KERNEL(kThreads)
+missing_barrier_after_wait(SL_ARGUMENTS(Arguments) a) {
+  const Line* const lines = begin_copies();
+  gpu::wait_for_copies<0>();
+  atomicAdd(a.out, is_copied(lines, (threadIdx.x + 1) % kThreads));
+}
+
+// A copy into what another thread may still read.
+SL_KERNEL(kThreads)
+missing_barrier_before_copy(SL_ARGUMENTS(Arguments) a) {
+  Line* const lines = begin_copies();
+  gpu::wait_for_copies<0>();
+  __syncthreads();
+  atomicAdd(a.out, is_copied(lines, (threadIdx.x + 1) % kThreads));
+  gpu::copy_async(&lines[threadIdx.x], &source[threadIdx.x], true);
+  gpu::commit_copies();
+}
+
+SL_KERNEL(kThreads)
+missing_barrier_before_matrix_load(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Matrices<bf16>, m);
+  for (unsigned i = threadIdx.x; i < 256; i += kThreads) store_as(&m.a[i / 16][i % 16], 1.0f);
+  uint32_t words[1];
+  gpu::load_matrices<1, false>(&m.a[threadIdx.x % 8][0], words);
+  atomicAdd(a.out, static_cast<int>(words[0]));
+}
+
+SL_KERNEL(kThreads)
+misaligned_matrix_load(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Matrices<bf16>, m);
+  fill(m);
+  uint32_t words[1];
+  gpu::load_matrices<1, false>(&m.a[threadIdx.x % 8][1], words);
+  atomicAdd(a.out, static_cast<int>(words[0]));
+}
+
+SL_KERNEL(kThreads)
+matrix_load_beyond_shared_memory(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Matrices<bf16>, m);
+  fill(m);
+  uint32_t words[1];
+  gpu::load_matrices<1, false>(&m.b[9 + threadIdx.x % 8][0], words);
+  atomicAdd(a.out, static_cast<int>(words[0]));
+}
+
+SL_KERNEL(kThreads)
+misaligned_copy(SL_ARGUMENTS(Arguments) a) {
+  fill_source();
+  gpu::copy_async(gpu::dynamic_shared(), &source[0].of[1], true);
+  atomicAdd(a.out, 1);
+}
+
+SL_KERNEL(kThreads)
+copy_beyond_shared_memory(SL_ARGUMENTS(Arguments) a) {
+  fill_source();
+  gpu::copy_async(gpu::dynamic_shared() + 2 * kThreads * sizeof(Line), source, true);
+  atomicAdd(a.out, 1);
+}
+
+SL_KERNEL(kThreads)
+divergent_product(SL_ARGUMENTS(Arguments) a) {
+  float sum[4] = {};
+  const uint32_t zeros[4] = {};
+  if (threadIdx.x % 32 != 7) gpu::multiply_bf16(sum, zeros, zeros);
+  __syncthreads();
+  atomicAdd(a.out, 1);
+}
+
+gpu::Kernel with_lines(gpu::Kernel kernel) {
+  kernel.shared_bytes = 2 * kThreads * sizeof(Line);
+  return kernel;
+}
+
 const gpu::Kernel kKernels[] = {
     gpu::kernel("reduction", kThreads, reduction),
     gpu::kernel("missing_barrier", kThreads, missing_barrier),
@@ -130,6 +328,19 @@ const gpu::Kernel kKernels[] = {
     gpu::kernel("lane_that_has_ended", kThreads, lane_that_has_ended),
     gpu::kernel("lane_outside_of_mask", kThreads, lane_outside_of_mask),
     gpu::kernel("collectives", kThreads, collectives),
+    gpu::kernel("matrix_loads", kThreads, matrix_loads),
+    gpu::kernel("matrix_products", kThreads, matrix_products),
+    with_lines(gpu::kernel("copies", kThreads, copies)),
+    with_lines(gpu::kernel("missing_wait", kThreads, missing_wait)),
+    with_lines(gpu::kernel("missing_barrier_after_wait", kThreads, missing_barrier_after_wait)),
+    with_lines(gpu::kernel("missing_barrier_before_copy", kThreads, missing_barrier_before_copy)),
+    gpu::kernel("missing_barrier_before_matrix_load", kThreads, missing_barrier_before_matrix_load),
+    gpu::kernel("misaligned_matrix_load", kThreads, misaligned_matrix_load),
+    gpu::kernel("matrix_load_beyond_shared_memory", kThreads, matrix_load_beyond_shared_memory),
+    with_lines(gpu::kernel("misaligned_copy", kThreads, misaligned_copy)),
+    with_lines(gpu::kernel("copy_beyond_shared_memory", kThreads, copy_beyond_shared_memory)),
+    gpu::kernel("no_dynamic_shared_memory", kThreads, misaligned_copy),
+    gpu::kernel("divergent_product", kThreads, divergent_product),
 };
 
 }  // namespace
@@ -140,7 +351,7 @@ int main(int, char** names) {
     std::vector<int> out(8);
     const Arguments arguments{out.data()};
     try {
-      emulator::run(kernel.call, kernel.function, &arguments, 2, kernel.threads);
+      emulator::run(kernel.call, kernel.function, &arguments, 2, kernel.threads, kernel.shared_bytes);
       printf("result %d\n", out[0]);
     } catch (const Error& error) {
       printf("error: %s\n", error.what());

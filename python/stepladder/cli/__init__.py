@@ -3,6 +3,7 @@
 import click
 
 from stepladder.bench.cli import bench
+from stepladder.bench.matrices import bench_matrices
 from stepladder.cli.info import info
 from stepladder.cli.profile import profile
 
@@ -15,4 +16,5 @@ def main() -> None:
 
 main.add_command(info)
 main.add_command(bench)
+main.add_command(bench_matrices)
 main.add_command(profile)

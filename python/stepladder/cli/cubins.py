@@ -26,6 +26,21 @@ from stepladder import _C
 PAIRS = ("f64_f64", "f32_f32", "bf16_bf16", "f16_f16", "f64_f32", "bf16_f32", "f16_f32")
 TYPES = {"f64": "double", "f32": "float", "bf16": "bf16", "f16": "f16"}
 NORM_KERNELS = ("measure", "fold", "scale")
+# Those of Newton-Schulz iterations, and the shared memory that a launch adds for each of their blocks; of those on
+# chip the least, with one panel.
+GROUPED_KERNELS = {
+    "measure_matrices": 0,
+    "pack_matrices": 9216,
+    "divide_rows": 0,
+    "symmetric_products": 81920,
+    "multiply_iterates": 75776,
+}
+ON_CHIP_KERNELS = {
+    f"{kind}_{side}": planes * 4 * side * (side + 8) + 256 + 8 * side
+    for side, planes in ((32, 2), (64, 1), (128, 1))
+    for kind in ("resident", "streamed")
+}
+MATRIX_KERNELS = GROUPED_KERNELS | ON_CHIP_KERNELS
 FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 # Compiles and disassemblies under way at once.
 WORKERS = 2
@@ -53,6 +68,10 @@ class Cubin:
     readable: Callable[[str], str]
     threads: int | None = None
     dynamic_shared: int = 0
+
+    def added_shared(self, name: str) -> int:
+        """Of a kernel by its readable name."""
+        return self.dynamic_shared + MATRIX_KERNELS.get(name, 0)
 
 
 def in_parallel(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
@@ -224,6 +243,9 @@ def cuda_cubins(arch: str, directory: Path, wanted: str = "") -> tuple[list[Cubi
     ]
     if any(wanted in name for name in NORM_KERNELS):
         jobs.append(("norms", norms, [f"-I{sources}"]))
+    for part, names in (("grouped", GROUPED_KERNELS), ("on_chip", ON_CHIP_KERNELS)):
+        if any(wanted in name for name in names):
+            jobs.append((part, sources / f"newton_schulz/gpu_{part}.cu", [f"-I{sources}"]))
     files = in_parallel(lambda job: compile_source(job[1], directory / f"{job[0]}.cubin", arch, *job[2]), jobs)
     version = re.search(r"release ([\d.]+)", run(nvcc, "--version"))
     return [Cubin(file, name) for file in files], f"compiled by nvcc {version[1] if version else ''}".rstrip()

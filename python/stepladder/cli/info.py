@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stepladder import _C, backends
+from stepladder.newton_schulz import TORCH, matrix_unit
 
 
 def processor() -> str:
@@ -56,6 +57,8 @@ def collect() -> dict[str, Any]:
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "kernels": isas[0],
             "kernels_available": isas,
+            "matrix_unit": matrix_unit(),
+            "matrix_units_available": [*_C.matrix_units(), TORCH],
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
         },
         "threads": {"torch": torch.get_num_threads(), "openmp_runtime": _C.openmp_runtime()},

@@ -163,6 +163,7 @@ def inspect(cubin: Cubin, arch: str, wanted: str = "") -> list[Kernel]:
         if shared > 0 and int(re.sub(r"\D", "", arch)) >= 90:
             shared -= RESERVED_SHARED  # counted by cuobjdump from here on
         found = accesses(disassembly[symbol])
+        dynamic = cubin.added_shared(cubin.readable(symbol))
         threads = threads_of_block(facts, symbol) or cubin.threads
         if threads is None:
             raise RuntimeError(f"{cubin.readable(symbol)} has no launch bounds: its occupancy is unknown")
@@ -171,14 +172,14 @@ def inspect(cubin: Cubin, arch: str, wanted: str = "") -> list[Kernel]:
                 cubin.readable(symbol),
                 registers,
                 shared,
-                cubin.dynamic_shared,
+                dynamic,
                 stack,
                 found["local_load"].total(),
                 found["local_store"].total(),
                 {width: found["load"][width] for width in WIDTHS},
                 {width: found["store"][width] for width in WIDTHS},
                 threads,
-                occupancy(arch, threads, registers, shared + cubin.dynamic_shared),
+                occupancy(arch, threads, registers, shared + dynamic),
             )
         )
     return kernels

@@ -6,8 +6,10 @@ from stepladder.optim.adamw import AdamW
 from stepladder.optim.lamb import LAMB
 from stepladder.optim.lars import LARS
 from stepladder.optim.lion import Lion
+from stepladder.optim.muon import Muon
+from stepladder.optim.muonh import MuonH
 from stepladder.optim.rmsprop import RMSprop
 from stepladder.optim.sgd import SGD
 from stepladder.optim.signsgd import SignSGD
 
-__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop", "SignSGD"]
+__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "Muon", "MuonH", "RMSprop", "SignSGD"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from typing_extensions import TypedDict, Unpack
 from stepladder import backends
 from stepladder.optim import checks
 from stepladder.optim.engine import Engine, WatchedState
-from stepladder.optim.state import RULES, checked_state
+from stepladder.optim.state import RULES, checked_state, state_dtype
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
 
 
 # Options that live in the groups; a group has the key only where the option was given.
-_GROUP_OPTIONS = ("state_dtype", "stochastic_rounding", "seed", "foreach", "fused", "differentiable", "capturable")
+SHARED_OPTIONS = ("state_dtype", "stochastic_rounding", "seed", "foreach", "fused", "differentiable", "capturable")
 
 
 class Optimizer(WatchedState, torch.optim.Optimizer):
@@ -83,16 +83,29 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
         if max_norm is not None and not 0.0 < float(max_norm) < math.inf:
             raise ValueError(f"max_norm={max_norm} is out of range, expected None or a finite number above 0")
         for key, value in options.items():
-            if key in _GROUP_OPTIONS and (key in defaults or (value is not None and value is not False)):
+            if key in SHARED_OPTIONS and (key in defaults or (value is not None and value is not False)):
                 defaults[key] = value
         if defaults.get("stochastic_rounding") and "seed" not in defaults:
             defaults["seed"] = torch.initial_seed() % 2**64
-        type(self).check(defaults)
+        self.of(defaults).check(defaults)
         checks.options(defaults)
         self._backend = backend
         self._max_norm = None if max_norm is None else float(max_norm)
-        self._engine = Engine(type(self), backend, self._max_norm)
+        self._engine = self._new_engine()
         super().__init__(params, defaults)
+
+    def _new_engine(self) -> Engine:
+        return Engine(type(self), self._backend, self._max_norm)
+
+    @classmethod
+    def of(cls, group: Group) -> type[Optimizer]:
+        """The class that says which rule a group follows, checks it, and has its states."""
+        return cls
+
+    @classmethod
+    def elementwise(cls, groups: list[Group]) -> list[Group]:
+        """Those of the groups that follow a rule of rules.def."""
+        return groups
 
     @staticmethod
     @abstractmethod
@@ -103,6 +116,41 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
     @abstractmethod
     def check(group: Group) -> None:
         """Raise ValueError or TypeError for hyper-parameters that the rule cannot take."""
+
+    @classmethod
+    def states(cls, group: Group) -> Sequence[str]:
+        """The names of a group's states, the step count apart."""
+        names: list[str] = RULES[cls.rule(group)]["states"]
+        return names
+
+    @classmethod
+    def all_states(cls) -> set[str]:
+        """The names of the states that any group may have."""
+        return {name for rule in cls.rules for name in RULES[rule]["states"]}
+
+    @classmethod
+    def check_params(cls, group: Group, first: int) -> None:
+        """Raise ValueError or TypeError for parameters that a checked group cannot have.
+
+        Args:
+            group: Its `params` may be named, as (name, tensor).
+            first: The number of its first parameter through all groups.
+        """
+
+    @classmethod
+    def required_keys(cls, group: Group) -> set[str]:
+        """The hyper-parameters that a group of a checkpoint must have."""
+        return set(RULES[cls.rule(group)]["hyper"]) - cls.late_keys
+
+    @classmethod
+    def state_shape(cls, name: str, param: Tensor, group: Group) -> torch.Size:
+        """The shape of a parameter's state `name`."""
+        return param.shape
+
+    @classmethod
+    def state_dtype(cls, name: str, param: Tensor, group: Group) -> torch.dtype:
+        """The dtype of a parameter's state `name`."""
+        return state_dtype(param, group)
 
     @staticmethod
     def initial_state(name: str, param: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
@@ -122,7 +170,7 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):
             merged = self.defaults | param_group
-            type(self).check(merged)
+            self.of(merged).check(merged)
             checks.options(merged)
             if merged.get("stochastic_rounding") and "seed" not in merged:
                 param_group["seed"] = torch.initial_seed() % 2**64
@@ -184,16 +232,17 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
                     f"group {index} has {len(saved['params'])} parameters, the optimizer's has {len(group['params'])}"
                 )
 
-        new_groups = []
+        new_groups: list[Group] = []
         owners: dict[Any, tuple[Tensor, Group]] = {}
         for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
             ids = saved["params"]
-            required = set(RULES[self.rule(group)]["hyper"]) - self.late_keys
-            if lacking := sorted(required - set(saved)):
-                raise ValueError(f"group {index} of the loaded state dict lacks {', '.join(map(repr, lacking))}")
             new = group | saved | {"params": group["params"]}
-            type(self).check(new)
+            family = self.of(new)
+            if lacking := sorted(family.required_keys(new) - set(saved)):
+                raise ValueError(f"group {index} of the loaded state dict lacks {', '.join(map(repr, lacking))}")
+            family.check(new)
             checks.options(new)
+            family.check_params(new, sum(len(group["params"]) for group in new_groups))
             new_groups.append(new)
             owners |= {saved_id: (p, new) for saved_id, p in zip(ids, group["params"], strict=True)}
 
@@ -202,7 +251,7 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
             if key in owners:
                 param, group = owners[key]
                 backend = backends.choose(self._backend, param.device.type)
-                new_state[param] = checked_state(type(self), key, entry, param, group, backend)
+                new_state[param] = checked_state(self.of(group), key, entry, param, group, backend)
             elif isinstance(key, int):
                 raise ValueError(f"loaded state dict has state for parameter {key}, which is in none of its groups")
             else:
@@ -217,4 +266,4 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._engine = Engine(type(self), self._backend, self._max_norm)
+        self._engine = self._new_engine()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepladder import _C, backends, reference
+from stepladder.backends import current_stream
 from stepladder.optim.state import (
     RULES,
     check_complete,
@@ -62,12 +63,6 @@ _SOLE_HOLDERS = _holders(torch.zeros(1))
 def shares_memory(tensors: list[Tensor]) -> bool:
     """Whether anything but the tensors themselves holds on to the memory of one of them."""
     return any(_holders(tensor) != _SOLE_HOLDERS for tensor in tensors)
-
-
-def current_stream(device: int) -> int:
-    """Handle of the stream that is current on a GPU."""
-    stream: int = torch._C._cuda_getCurrentRawStream(device)
-    return stream
 
 
 def is_capturing() -> bool:
@@ -184,13 +179,42 @@ def check_storage(param: Tensor, group: Group, state: dict[str, Any], family: ty
         TypeError: Names the state and the dtypes that are possible.
     """
     allowed = {param.dtype, torch.complex64 if param.is_complex() else torch.float32}
-    dtypes = {name: state[name].dtype for name in RULES[family.rule(group)]["states"] if state.get(name) is not None}
+    dtypes = {name: state[name].dtype for name in family.states(group) if state.get(name) is not None}
     for name, dtype in dtypes.items():
         if dtype not in allowed or dtype != next(iter(dtypes.values())):
             raise TypeError(
                 f"the state {name!r} of {where} has dtype {dtype}; on a GPU all states of a {param.dtype} parameter "
                 f"have one dtype out of {sorted(map(str, allowed))}"
             )
+
+
+def check_tensors(
+    param: Tensor, state: dict[str, Any], family: type[Optimizer], group: Group, backend: str | None, where: str
+) -> str:
+    """Check a parameter, its gradient and its states; returns the backend that steps it.
+
+    Raises:
+        RuntimeError: The gradient is sparse, or elements share memory.
+        TypeError: A dtype, layout or type is not supported.
+        ValueError: A shape or device does not fit, a state is missing, or the backend does not serve the device.
+    """
+    check_parameter(param, family, group, where)
+    assert param.grad is not None
+    check_gradient(param.grad, param, family.__name__, where)
+    chosen = backends.choose(backend, param.device.type)
+    if group.get("capturable") and chosen not in backends.ON_GPU and param.device.type == "cpu":
+        raise ValueError(f"capturable=True needs parameters on a GPU, {where} is on {param.device}")
+    check_complete(family, state, group, where)
+    for key in family.states(group):
+        if state.get(key) is not None:
+            check_tensor(key, state[key], param, where, family.state_shape(key, param, group))
+            if state[key].device != param.device:
+                raise ValueError(f"the state {key!r} of {where} is on {state[key].device}, not {param.device}")
+            if has_internal_overlap(state[key]):
+                raise RuntimeError(f"elements of the state {key!r} of {where} share memory")
+    if has_step(family, group) and state.get("step") is not None:
+        check_step(state["step"], where)
+    return chosen
 
 
 class WatchedState:
@@ -236,8 +260,8 @@ class Engine:
         self._grad_norm: float | None = None
         self._norm_on_device = False
         self.plan = new_plan()
-        # Where parameter i stands: its group, and its position in it.
-        self._places: list[tuple[int, int]] = []
+        # Where parameter i of the plan stands: its group, its position in it, and its number through all groups.
+        self._places: list[tuple[int, int, int]] = []
         # Parameters that the plan leaves to the reference.
         self._referred: set[int] = set()
         # Those among them whose states were just created.
@@ -252,8 +276,13 @@ class Engine:
         # Asked anew each time: a captured step leaves another norm at each replay.
         return self.plan.device_norm() if self._norm_on_device else self._grad_norm
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """One step; `grad_scale` and `found_inf` on the optimizer are GradScaler's."""
+    def step(self, optimizer: torch.optim.Optimizer, factor: float | None = None) -> None:
+        """One step; `grad_scale` and `found_inf` on the optimizer are GradScaler's.
+
+        Args:
+            optimizer: Whose groups are stepped.
+            factor: Multiplies the gradients, in place of what `max_norm` would make of them.
+        """
         # Tensors, or the number 0 where GradScaler has seen no gradient.
         found_inf: Any = getattr(optimizer, "found_inf", None)
         grad_scale: Any = getattr(optimizer, "grad_scale", None)
@@ -278,7 +307,11 @@ class Engine:
                 self._bind(optimizer, stale)
             announce = torch._C._increment_version if grad_scale is None else _announce_with_gradients
             device = plan.only_device()
-            on_device = device is not None and all(x is None or is_on_gpu(x) for x in (found_inf, grad_scale))
+            on_device = (
+                device is not None
+                and factor is None
+                and all(x is None or is_on_gpu(x) for x in (found_inf, grad_scale))
+            )
             if capturing and not on_device:
                 raise RuntimeError(
                     "a step that needs the host, for parameters on several devices or by the reference, or for a "
@@ -291,9 +324,10 @@ class Engine:
             if found_inf is not None and float(found_inf) != 0.0:
                 return
             inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
-            factor = 1.0
-            if self.max_norm is not None:
-                factor = clip_factor(self._norm(optimizer, inverse_scale), self.max_norm)
+            if factor is None:
+                factor = 1.0
+                if self.max_norm is not None:
+                    factor = clip_factor(self._norm(optimizer, inverse_scale), self.max_norm)
             plan.run(inverse_scale, factor, torch.get_num_threads(), announce)
             if self._referred:
                 self._run_reference(optimizer, inverse_scale, factor)
@@ -317,7 +351,7 @@ class Engine:
         """Refuse to be captured where a replay would not do what a step does."""
         name = self.family.__name__
         for index, group in enumerate(optimizer.param_groups):
-            for key in RULES[self.family.rule(group)]["hyper"]:
+            for key in RULES[self.family.of(group).rule(group)]["hyper"]:
                 values = group[key] if isinstance(group[key], (tuple, list)) else (group[key],)
                 if key != "lr" and any(is_on_gpu(value) for value in values):
                     raise RuntimeError(
@@ -341,55 +375,51 @@ class Engine:
         touched = optimizer._state_touched  # type: ignore[attr-defined]
         optimizer._state_touched = False  # type: ignore[attr-defined]
         try:
-            return self.plan.refresh(optimizer.param_groups, optimizer.__dict__, touched)
+            return self.plan.refresh(self.family.elementwise(optimizer.param_groups), optimizer.__dict__, touched)
         except (TypeError, ValueError, KeyError, RuntimeError):
             # A hyper-parameter that is no number: the checks find it and have the better words.
             optimizer._state_touched = True  # type: ignore[attr-defined]
             for group in optimizer.param_groups:
-                self.family.check(group)
+                self.family.of(group).check(group)
             raise
 
     def _reset(self, optimizer: torch.optim.Optimizer) -> None:
-        family = self.family
         for index, group in enumerate(optimizer.param_groups):
             if not isinstance(group["params"], (list, tuple)):
                 raise TypeError(f"params of group {index} are a {type(group['params']).__name__}, expected a list")
-            family.check(group)
-        watched = (*family.choosing, "maximize", "state_dtype", "stochastic_rounding", "seed", "capturable")
-        self.plan.reset([(group, family.rule(group), watched) for group in optimizer.param_groups])
-        self._places = [(g, i) for g, group in enumerate(optimizer.param_groups) for i in range(len(group["params"]))]
+            self.family.of(group).check(group)
+        groups = self.family.elementwise(optimizer.param_groups)
+        rows = []
+        for group in groups:
+            family = self.family.of(group)
+            options = ("maximize", "state_dtype", "stochastic_rounding", "seed", "capturable")
+            watched = dict.fromkeys((*self.family.choosing, *family.choosing, *options))
+            rows.append((group, family.rule(group), tuple(watched)))
+        self.plan.reset(rows)
+        ours = {id(group) for group in groups}
+        self._places = []
+        first = 0
+        for g, group in enumerate(optimizer.param_groups):
+            if id(group) in ours:
+                self._places += [(g, i, first + i) for i in range(len(group["params"]))]
+            first += len(group["params"])
         self._referred = set()
         self._fresh = set()
 
     @torch.no_grad()
     def _bind(self, optimizer: torch.optim.Optimizer, stale: list[int]) -> None:
         """Check and bind the parameters that the plan does not know, or knows otherwise."""
-        family = self.family
-        name = family.__name__
         todo = []
         for index in sorted({*stale, *self._referred}):
-            g, i = self._places[index]
+            g, i, number = self._places[index]
             group = optimizer.param_groups[g]
             param = group["params"][i]
             if param.grad is None:
                 continue
-            where = describe_parameter(index, group, i)
-            check_parameter(param, family, group, where)
-            check_gradient(param.grad, param, name, where)
-            backend = backends.choose(self.backend, param.device.type)
-            if group.get("capturable") and backend not in backends.ON_GPU and param.device.type == "cpu":
-                raise ValueError(f"capturable=True needs parameters on a GPU, {where} is on {param.device}")
+            family = self.family.of(group)
+            where = describe_parameter(number, group, i)
             state = optimizer.state.get(param, {})
-            check_complete(family, state, group, where)
-            for key in RULES[family.rule(group)]["states"]:
-                if state.get(key) is not None:
-                    check_tensor(key, state[key], param, where)
-                    if state[key].device != param.device:
-                        raise ValueError(f"the state {key!r} of {where} is on {state[key].device}, not {param.device}")
-                    if has_internal_overlap(state[key]):
-                        raise RuntimeError(f"elements of the state {key!r} of {where} share memory")
-            if has_step(family, group) and state.get("step") is not None:
-                check_step(state["step"], where)
+            backend = check_tensors(param, state, family, group, self.backend, where)
             if backend in backends.ON_GPU:
                 check_storage(param, group, state, family, where)
             todo.append((index, param, group, backend, where))
@@ -398,7 +428,8 @@ class Engine:
         for index, param, group, backend, where in todo:
             if param.grad.is_conj() or param.grad.is_neg():
                 param.grad = param.grad.resolve_conj().resolve_neg()
-            stateful = has_step(family, group) or RULES[family.rule(group)]["states"]
+            family = self.family.of(group)
+            stateful = has_step(family, group) or family.states(group)
             state = optimizer.state[param] if stateful else {}
             # A parameter that is listed twice has two first steps, as in torch.
             device = step_device(backend, param)
@@ -421,7 +452,7 @@ class Engine:
                 continue
             rounds = group.get("stochastic_rounding") and param.dtype == torch.bfloat16
             clock = None
-            if backend in backends.ON_GPU and not family.timed and RULES[family.rule(group)]["states"]:
+            if backend in backends.ON_GPU and not family.timed and family.states(group):
                 clock = self._clocks.get(param)
                 if fresh or clock is None or clock.device != param.device:
                     clock = torch.full((), 0.0 if fresh else 1.0, dtype=torch.float32, device=param.device)
@@ -443,7 +474,7 @@ class Engine:
         """(index, parameter, group) of each parameter with a gradient that is left to the reference."""
         found = []
         for index in sorted(self._referred):
-            g, i = self._places[index]
+            g, i, _ = self._places[index]
             group = optimizer.param_groups[g]
             if group["params"][i].grad is not None:
                 found.append((index, group["params"][i], group))
@@ -462,8 +493,8 @@ class Engine:
         return norm
 
     def _run_reference(self, optimizer: torch.optim.Optimizer, inverse_scale: float | None, factor: float) -> None:
-        family = self.family
         for index, param, group in self._referred_parameters(optimizer):
+            family = self.family.of(group)
             state = optimizer.state.get(param, {})
             rule = family.rule(group)
             count = int(state["step"]) + 1 if has_step(family, group) else 0

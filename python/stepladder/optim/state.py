@@ -43,7 +43,7 @@ def step_device(backend: str, param: Tensor) -> torch.device:
 
 def missing_states(family: type[Optimizer], state: dict[str, Any], group: Group) -> list[str]:
     """The names of the rule's states that are still to be created."""
-    return [name for name in RULES[family.rule(group)]["states"] if state.get(name) is None]
+    return [name for name in family.states(group) if state.get(name) is None]
 
 
 def create_state(
@@ -59,7 +59,7 @@ def create_state(
         # A state that did not count steps has seen at least one.
         state["step"] = new_step(1.0 if state and not missing else 0.0, device)
     for name in missing:
-        state[name] = family.initial_state(name, param, group, state_dtype(param, group))
+        state[name] = family.initial_state(name, param, group, family.state_dtype(name, param, group))
     return bool(missing)
 
 
@@ -78,12 +78,12 @@ def check_complete(family: type[Optimizer], state: dict[str, Any], group: Group,
         raise ValueError(f"the state of {where} lacks {', '.join(map(repr, missing))}: it has {sorted(state)}")
 
 
-def check_tensor(name: str, value: Any, param: Tensor, where: str) -> None:
+def check_tensor(name: str, value: Any, param: Tensor, where: str, shape: torch.Size | None = None) -> None:
     """Refuse a state that cannot be one of this parameter's.
 
     Raises:
         TypeError: It is no strided floating-point tensor, or is real where the parameter is complex.
-        ValueError: Its shape is not the parameter's.
+        ValueError: Its shape is not `shape`, or the parameter's where that is None.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"the state {name!r} of {where} is a {type(value).__name__}, expected a tensor")
@@ -92,9 +92,12 @@ def check_tensor(name: str, value: Any, param: Tensor, where: str) -> None:
     if value.is_complex() != param.is_complex() or not (value.is_floating_point() or value.is_complex()):
         kind = "complex" if param.is_complex() else "floating-point"
         raise TypeError(f"the state {name!r} of {where} has dtype {value.dtype}, expected a {kind} one")
-    if value.shape != param.shape:
-        shapes = f"{tuple(value.shape)}, expected the parameter's {tuple(param.shape)}"
-        raise ValueError(f"the state {name!r} of {where} has shape {shapes}")
+    shape = param.shape if shape is None else shape
+    if value.shape != shape:
+        whose = "the parameter's " * (shape == param.shape)
+        raise ValueError(
+            f"the state {name!r} of {where} has shape {tuple(value.shape)}, expected {whose}{tuple(shape)}"
+        )
 
 
 def check_step(value: Any, where: str) -> None:
@@ -139,7 +142,7 @@ def checked_state(
     if not isinstance(entry, dict):
         raise TypeError(f"the state of {where} is a {type(entry).__name__}, expected a dict")
     entry = {name: value for name, value in entry.items() if value is not None}
-    known = {"step", *(name for rule in family.rules for name in RULES[rule]["states"])}
+    known = {"step", *family.all_states()}
     if unknown := sorted(map(str, set(entry) - known)):
         raise ValueError(f"the state of {where} has unknown {', '.join(map(repr, unknown))}: expected {sorted(known)}")
     check_complete(family, entry, group, where)
@@ -149,7 +152,9 @@ def checked_state(
             if has_step(family, group):
                 result[name] = checked_step(value, where, step_device(backend, param))
             continue
-        check_tensor(name, value, param, where)
-        dtype = state_dtype(param, group)
-        result[name] = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value.detach())
+        shape = family.state_shape(name, param, group)
+        check_tensor(name, value, param, where, shape)
+        like = param if shape == param.shape else param.new_empty(shape)
+        dtype = family.state_dtype(name, param, group)
+        result[name] = torch.empty_like(like, dtype=dtype, requires_grad=False).copy_(value.detach())
     return result

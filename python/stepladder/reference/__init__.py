@@ -22,11 +22,27 @@ from stepladder.reference.clip import clip_grad_norm_, partial_norm, total_norm,
 from stepladder.reference.lamb import lamb
 from stepladder.reference.lars import lars
 from stepladder.reference.lion import lion
+from stepladder.reference.muon import adamuon, adjustment, muon, muonh, normuon, qk_clip
+from stepladder.reference.newton_schulz import newton_schulz
 from stepladder.reference.rmsprop import rmsprop
 from stepladder.reference.sgd import momentum, sgd
 from stepladder.reference.signsgd import signsgd, signum
 
-__all__ = ["RULES", "clip_grad_norm_", "partial_norm", "step_parameter", "total_norm", "widened"]
+__all__ = [
+    "RULES",
+    "adamuon",
+    "adjustment",
+    "clip_grad_norm_",
+    "muon",
+    "muonh",
+    "newton_schulz",
+    "normuon",
+    "partial_norm",
+    "qk_clip",
+    "step_parameter",
+    "total_norm",
+    "widened",
+]
 
 Rule = Callable[..., tuple[Tensor, ...]]
 

@@ -1,0 +1,29 @@
+# The CPU's matrix kernels, once for each unit that multiplies bf16, where the compiler knows these.
+set(MATRIX_SOURCES ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/cpu_bindings.cpp
+                   ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/cpu_dispatch.cpp
+                   ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/cpu_iteration.cpp
+                   ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/program.cpp)
+include(CheckCXXCompilerFlag)
+
+function(add_matrix_unit target unit)
+  add_library(matrix_${unit} OBJECT ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/newton_schulz/cpu_kernels.cpp)
+  target_compile_definitions(matrix_${unit} PRIVATE SL_UNIT=${unit})
+  target_compile_options(matrix_${unit} PRIVATE -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mf16c
+                         -mprefer-vector-width=512 $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized> ${ARGN})
+  target_link_libraries(matrix_${unit} PRIVATE flags)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:matrix_${unit}>)
+endfunction()
+
+function(add_matrix_units target)
+  target_sources(${target} PRIVATE ${MATRIX_SOURCES})
+  if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+    return()
+  endif()
+  check_cxx_compiler_flag("-mavx512bf16 -mamx-tile -mamx-bf16" HAS_MATRIX_UNITS)
+  if(HAS_MATRIX_UNITS)
+    target_compile_definitions(${target} PRIVATE SL_MATRIX_UNITS)
+    add_matrix_unit(${target} avx512_bf16)
+    add_matrix_unit(${target} amx -mamx-tile -mamx-bf16)
+    target_compile_definitions(matrix_amx PRIVATE SL_AMX)
+  endif()
+endfunction()

@@ -1,0 +1,40 @@
+#include "newton_schulz/cpu_bindings.h"
+
+#include "newton_schulz/cpu_iteration.h"
+#include "newton_schulz/py_matrix.h"
+
+namespace py = pybind11;
+
+namespace stepladder {
+
+using namespace newton_schulz;
+
+void bind_newton_schulz_cpu(py::module_& m) {
+  py::class_<Options, std::shared_ptr<Options>>(m, "NewtonSchulzOptions", py::module_local())
+      .def(py::init([](const std::vector<std::tuple<double, double, double>>& steps, double eps, double divisor,
+                       bool aol, bool gram) {
+             auto options = std::make_shared<Options>();
+             for (const auto& [a, b, c] : steps) options->steps.push_back({a, b, c});
+             options->eps = eps;
+             options->divisor = divisor;
+             options->aol = aol;
+             options->gram = gram;
+             return options;
+           }),
+           py::arg("steps"), py::arg("eps"), py::arg("divisor"), py::arg("aol"), py::arg("gram"));
+  py::class_<CpuIteration>(m, "NewtonSchulzCpu", py::module_local())
+      .def(py::init<size_t>(), py::arg("kept_bytes"))
+      .def(
+          "run",
+          [](CpuIteration& iteration, const std::vector<PyMatrix>& matrices, const std::string& unit, int threads) {
+            const Engine* found = cpu_engine(unit.c_str());
+            SL_CHECK(found != nullptr, "this processor or build has no matrix unit '", unit, "'");
+            const std::vector<Job> jobs = jobs_of(matrices);
+            const py::gil_scoped_release nogil;
+            iteration.run(jobs, *found, threads);
+          },
+          py::arg("matrices"), py::arg("unit"), py::arg("threads"));
+  m.def("matrix_units", &supported_engines, "Matrix units that were compiled for and run here, fastest first.");
+}
+
+}  // namespace stepladder

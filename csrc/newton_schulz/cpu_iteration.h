@@ -1,0 +1,43 @@
+// Runs the iterations of any number of matrices on the CPU.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "newton_schulz/cpu_kernels.h"
+
+namespace stepladder::newton_schulz {
+
+// Memory aligned to pages, large ones to huge pages.
+class Buffer {
+ public:
+  Buffer() = default;
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  // Forgets what was in it where it grows.
+  char* at_least(size_t bytes);
+  void release();
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Keeps its memory from call to call, up to `kept_bytes`.
+class CpuIteration {
+ public:
+  explicit CpuIteration(size_t kept_bytes) : kept_bytes_(kept_bytes) {}
+
+  // In one parallel region: each thread works on a matrix of its own, and helps with the others' when none is left.
+  void run(const std::vector<Job>& jobs, const Engine& engine, int threads);
+
+ private:
+  size_t kept_bytes_;
+  std::vector<std::unique_ptr<Buffer>> workspaces_, scratch_;
+  std::mutex mutex_;
+};
+
+}  // namespace stepladder::newton_schulz

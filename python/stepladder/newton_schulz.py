@@ -1,0 +1,259 @@
+"""Newton-Schulz iterations over the backends: checks, the choice of a form, and who multiplies."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import threading
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from stepladder import _C, backends
+from stepladder.backends import current_stream
+from stepladder.coefficients import Coefficients, CoefficientSet, resolve
+from stepladder.reference.newton_schulz import METHODS, iterate
+
+# What kernels take; fp64 is left to the reference.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Names the fastest matrix unit of the CPU that may be used: "amx", "avx512_bf16", or "torch" for torch's products.
+UNIT_VARIABLE = "STEPLADDER_MATRIX_UNIT"
+TORCH = "torch"
+# Of workspace that is kept from call to call.
+KEPT_BYTES = 1 << 28
+
+
+@overload
+def newton_schulz(
+    X: Tensor,
+    coefficients: Coefficients | None = "jordan",
+    steps: int | None = None,
+    method: str = "auto",
+    eps: float = 1e-7,
+    *,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def newton_schulz(
+    X: Sequence[Tensor],
+    coefficients: Coefficients | None = "jordan",
+    steps: int | None = None,
+    method: str = "auto",
+    eps: float = 1e-7,
+    *,
+    backend: str | None = None,
+) -> list[Tensor]: ...
+@torch.no_grad()
+def newton_schulz(
+    X: Tensor | Sequence[Tensor],
+    coefficients: Coefficients | None = "jordan",
+    steps: int | None = None,
+    method: str = "auto",
+    eps: float = 1e-7,
+    *,
+    backend: str | None = None,
+) -> Tensor | list[Tensor]:
+    """Move all singular values of matrices towards 1, by products of matrices alone.
+
+    X is divided by max(‖X‖F, eps) and by the set's divisor, then X ← aX + (bA + cA²)X with A = XXᵀ, once for each
+    step. Operands are bf16, sums fp32, and the norm is safe from 1e-38 to 1e38; fp64 is computed in fp64, by the
+    reference. Zeros stay zeros; a matrix with a NaN or infinite element becomes NaN and leaves the others alone.
+
+    Args:
+        X: Matrices [..., m, n] of fp32, bf16, fp16 or fp64, of any strides; or a list of such tensors of any shapes,
+            whose products then go together.
+        coefficients: Name of a set (`stepladder.coefficients.SETS`), one triple (a, b, c) for all steps, or a triple
+            for each step; None means "jordan".
+        steps: How many; None means as many as the set has, and five for a single triple. Beyond the set's, its last
+            is repeated.
+        method: "standard"; "gram", which iterates on m×m matrices and starts afresh after two steps; or "auto", the
+            one that was measured to be faster for the shape (docs/performance.md).
+        eps: The least norm to divide by.
+        backend: "cpu", "cuda", "triton", "reference", or None to choose by the device.
+
+    Returns:
+        Tensors as given, of the same shapes and dtypes.
+
+    Raises:
+        TypeError: X is no floating-point tensor, or of a dtype that the backend asked for does not take.
+        ValueError: X has fewer than two dimensions, or another argument is out of range.
+        RuntimeError: The backend asked for cannot run here.
+
+    Papers: Bernstein & Newhouse 2024, arXiv:2409.20325; Jordan 2024; Gram form: Dao-AILab 2025, gram-newton-schulz.
+    """
+    chosen = resolve(coefficients, steps)
+    check(method, eps)
+    backends.check_available(backend)
+    given = [X] if isinstance(X, Tensor) else list(X)
+    for index, x in enumerate(given):
+        check_matrix(x, "X" if isinstance(X, Tensor) else f"X[{index}]", backend)
+    results = orthogonalise(given, chosen, method, float(eps), backend)
+    return results[0] if isinstance(X, Tensor) else results
+
+
+def check(method: str, eps: float) -> None:
+    """Refuse arguments of an iteration that are out of range.
+
+    Raises:
+        TypeError: `eps` is no number.
+        ValueError: `method` is unknown, or `eps` negative or not finite.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown, expected one of {', '.join(map(repr, METHODS))}")
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps={eps} is out of range, expected a finite number of at least 0")
+
+
+def check_matrix(x: Tensor, where: str, backend: str | None) -> None:
+    """Refuse what is no matrix that the backend can take."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{where} is a {type(x).__name__}, expected a tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"{where} has layout {x.layout}, expected torch.strided")
+    if x.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise TypeError(f"{where} has dtype {x.dtype}, expected float32, bfloat16, float16 or float64")
+    if x.ndim < 2:
+        raise ValueError(f"{where} has shape {tuple(x.shape)}, expected matrices (..., m, n)")
+    if x.dtype == torch.float64 and backend not in (None, "reference"):
+        raise TypeError(f"{where} has dtype {x.dtype}, which backend={backend!r} does not take: its products are bf16")
+
+
+def orthogonalise(
+    given: Sequence[Tensor], chosen: CoefficientSet, method: str, eps: float, backend: str | None
+) -> list[Tensor]:
+    """The iteration on tensors [..., m, n] that were checked."""
+    results: list[Tensor | None] = [None] * len(given)
+    shared: dict[tuple[str, torch.device], list[int]] = {}
+    for index, x in enumerate(given):
+        name = "reference" if x.dtype == torch.float64 else backends.choose(backend, x.device.type)
+        shared.setdefault((name, x.device), []).append(index)
+    for (name, _), indices in shared.items():
+        run = {"cpu": _on_cpu, "reference": _by_reference, "cuda": _by_cuda, "triton": _by_triton}[name]
+        for index, result in zip(indices, run([given[i] for i in indices], chosen, method, eps), strict=True):
+            results[index] = result
+    return [result for result in results if result is not None]
+
+
+def form_for(method: str, shape: torch.Size, unit: str) -> str:
+    """The form that "auto" takes for matrices [..., m, n]."""
+    if method != "auto":
+        return method
+    m, n = sorted(shape[-2:])
+    return "gram" if n >= 2 * m and unit != TORCH else "standard"
+
+
+def matrix_unit() -> str:
+    """Who multiplies on this CPU: the fastest unit that the environment allows, or torch."""
+    units: list[str] = _C.matrix_units()
+    names = [*units, TORCH]
+    asked = os.environ.get(UNIT_VARIABLE)
+    if asked is None:
+        return names[0]
+    if asked not in ("amx", "avx512_bf16", TORCH):
+        raise ValueError(f"{UNIT_VARIABLE}={asked!r} is unknown, expected 'amx', 'avx512_bf16' or 'torch'")
+    if asked not in names:
+        raise RuntimeError(f"{UNIT_VARIABLE}={asked!r} cannot run here: this processor and build have {names}")
+    return asked
+
+
+def _by_reference(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
+    return [iterate(x, chosen, method, eps, x.dtype) for x in given]
+
+
+def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
+    # Without instructions for it, torch's products in bf16 are slower than those in fp32; and sets that need a margin
+    # diverge in them, as the diagonal of a Gram matrix is rounded like everything else.
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and chosen.divisor == 1.0
+    dtype = torch.bfloat16 if fast else torch.float32
+    return [iterate(x, chosen, form_for(method, x.shape, TORCH), eps, dtype) for x in given]
+
+
+# Address, dtype, strides of rows and columns.
+View = tuple[int, str, int, int]
+# Buffer, momentum, whether it averages, Nesterov's form, the gradient's scale, decay, step.
+MuonPart = tuple[View, float, bool, bool, float, float, float]
+# Rows, columns, in, out, options, and what Muon adds.
+Matrix = tuple[int, int, View, View, _C.NewtonSchulzOptions, MuonPart | None]
+
+
+def views_of(x: Tensor) -> list[View]:
+    """Every matrix of a tensor [..., m, n], in the order of its leading dimensions."""
+    dtype, strides = str(x.dtype).removeprefix("torch."), x.stride()
+    offsets = [0]
+    for size, stride in zip(x.shape[:-2], strides, strict=False):
+        offsets = [offset + k * stride for offset in offsets for k in range(size)]
+    start, item = x.data_ptr(), x.element_size()
+    return [(start + offset * item, dtype, strides[-2], strides[-1]) for offset in offsets]
+
+
+def options_of(chosen: CoefficientSet, eps: float, form: str) -> _C.NewtonSchulzOptions:
+    """What the compiled kernels are told of an iteration."""
+    return _C.NewtonSchulzOptions(chosen.steps, eps, chosen.divisor, chosen.aol, form == "gram")
+
+
+# This thread's iterations, with the workspace that they keep: one for the CPU, one for each GPU.
+_kept = threading.local()
+
+
+def run_compiled(matrices: list[Matrix], backend: str, device: torch.device) -> None:
+    """Run the compiled kernels on all matrices together, which lie on this device."""
+    if not hasattr(_kept, "iterations"):
+        _kept.iterations = {}
+    key = (backend, device.index)
+    if backend == "cpu":
+        if key not in _kept.iterations:
+            _kept.iterations[key] = _C.NewtonSchulzCpu(KEPT_BYTES)
+        _kept.iterations[key].run(matrices, matrix_unit(), torch.get_num_threads())
+        return
+    index = device.index or 0
+    if key not in _kept.iterations:
+        _kept.iterations[key] = _C.NewtonSchulzGpu(index)
+    workspaces: list[Tensor] = []
+
+    def allocate(count: int) -> int:
+        workspaces.append(torch.empty(count, dtype=torch.uint8, device=device))
+        return workspaces[-1].data_ptr()
+
+    _kept.iterations[key].run(matrices, allocate, current_stream(index))
+
+
+def _compiled(
+    given: list[Tensor], chosen: CoefficientSet, method: str, eps: float, backend: str, unit: str
+) -> list[Tensor]:
+    options = {form: options_of(chosen, eps, form) for form in ("standard", "gram")}
+    given = [x.resolve_neg() for x in given]
+    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
+    matrices: list[Matrix] = []
+    for x, result in zip(given, results, strict=True):
+        form = options[form_for(method, x.shape, unit)]
+        for source, target in zip(views_of(x), views_of(result), strict=True):
+            matrices.append((x.shape[-2], x.shape[-1], source, target, form, None))
+    run_compiled(matrices, backend, given[0].device)
+    return results
+
+
+def _on_cpu(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
+    unit = matrix_unit()
+    if unit == TORCH:
+        return _by_torch(given, chosen, method, eps)
+    return _compiled(given, chosen, method, eps, "cpu", unit)
+
+
+def _by_cuda(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
+    return _compiled(given, chosen, method, eps, "cuda", "cuda")
+
+
+def _by_triton(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
+    from stepladder.triton_kernels.newton_schulz import newton_schulz as run
+
+    results: dict[int, Tensor] = {}
+    for form in ("standard", "gram"):
+        indices = [i for i, x in enumerate(given) if form_for(method, x.shape, "triton") == form]
+        if indices:
+            results |= dict(zip(indices, run([given[i] for i in indices], chosen, form, eps), strict=True))
+    return [results[i] for i in range(len(given))]

@@ -1,0 +1,310 @@
+"""Parameters as matrices, and the step of all matrices of an optimizer together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepladder import ops, reference
+from stepladder.coefficients import Triple, resolve
+from stepladder.newton_schulz import TORCH, Matrix, form_for, matrix_unit, options_of, run_compiled, views_of
+from stepladder.reference.muon import adamuon_update, frobenius, normuon_update
+
+
+@dataclass(frozen=True, slots=True)
+class MuonSettings:
+    """What a group says about its matrices; see `stepladder.Muon` for most of it.
+
+    Attributes:
+        sign: -1 to ascend.
+    """
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    momentum_form: str
+    ns_coefficients: str | Triple | tuple[Triple, ...]
+    ns_steps: int | None
+    eps: float
+    ns_method: str
+    variant: str | None
+    beta2: float
+    cautious_weight_decay: bool
+    sign: float
+
+
+@dataclass(slots=True)
+class MuonJob:
+    """A matrix, or several of one shape, to be stepped.
+
+    Attributes:
+        param: [..., m, n], to be written; of any floating-point dtype and strides, as all that follow.
+        grad: [..., m, n].
+        buffer: [..., m, n], the momentum buffer, to be written.
+        settings: Of its group.
+        scale: What the learning rate of the update, not of the decay, is multiplied by.
+        backend: Which steps it; "reference" means the functions of stepladder.reference.
+        second: [..., m, 1] or [..., 1, n] for NorMuon, [..., m, n] for AdaMuon, to be written.
+        radius: [...], the norm to be kept, for MuonH.
+    """
+
+    param: Tensor
+    grad: Tensor
+    buffer: Tensor
+    settings: MuonSettings
+    scale: float
+    backend: str
+    second: Tensor | None = None
+    radius: Tensor | None = None
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """What is computed in; half types are storage alone."""
+        return torch.float64 if self.param.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixLayout:
+    """How a parameter is made of matrices.
+
+    Attributes:
+        order: Dimensions in memory order, where all but the first are flattened; None where they stay.
+        split_sizes: Rows of each part, or None.
+        heads: For each part how many equal matrices its rows make, or None.
+    """
+
+    order: tuple[int, ...] | None
+    split_sizes: tuple[int, ...] | None
+    heads: tuple[int, ...] | None
+
+    def matrices(self, x: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
+        """A tensor of the parameter's shape as its parts, each [..., m, n].
+
+        Returns:
+            The parts, and where they could not be views of x: what they are views of, and x in its shape, so that
+            the one can be copied back to the other.
+        """
+        copied = None
+        if self.order is not None:
+            x = x.permute(self.order)
+            flat = x.flatten(1)
+            if x.numel() and flat.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+                copied = flat, x
+            x = flat
+        parts = list(torch.split(x, list(self.split_sizes), -2)) if self.split_sizes is not None else [x]
+        if self.heads is not None:
+            parts = [torch.unflatten(part, -2, (h, -1)) for part, h in zip(parts, self.heads, strict=True)]
+        return parts, copied
+
+    def shapes(self, param: Tensor) -> list[torch.Size]:
+        """The shapes of the parts."""
+        return [part.shape for part in self.matrices(torch.empty(param.shape, device="meta"))[0]]
+
+
+def memory_order(param: Tensor) -> tuple[int, ...]:
+    """Dimensions with the first in front, the others from the largest stride to the smallest."""
+    strides = param.stride()
+    return (0, *sorted(range(1, param.ndim), key=lambda d: -strides[d]))
+
+
+@torch.no_grad()
+def muon_step(jobs: list[MuonJob], backend: str | None = None, factor: float = 1.0) -> None:
+    """Step all matrices: one iteration over all of them that share its settings, the rest by lists.
+
+    Momentum, then decay, then the update by NS(u), as torch.optim.Muon. A learning rate of 0 leaves weights as they
+    are, bit for bit.
+
+    Args:
+        jobs: What to step; no two of them may share memory.
+        backend: For `stepladder.ops.newton_schulz`.
+        factor: Multiplies the gradients.
+    """
+    for job in jobs:
+        if job.backend == "reference":
+            _step_by_reference(job, factor)
+    jobs = [job for job in jobs if job.backend != "reference"]
+    if fused := [job for job in jobs if _fuses(job)]:
+        _step_fused(fused, factor)
+        jobs = [job for job in jobs if not _fuses(job)]
+    updates: dict[int, Tensor] = {}
+    for bunch in _bunches(jobs, lambda job: (job.settings, job.arithmetic, job.param.device)):
+        for job, update in zip(bunch, _momentum(bunch, factor), strict=True):
+            updates[id(job)] = update
+    # With a learning rate of 0 only a second moment has a use for the update.
+    moving = [job for job in jobs if job.settings.lr != 0.0 or job.second is not None]
+    for bunch in _bunches(moving, _iteration):
+        matrices = [updates[id(job)] for job in bunch]
+        for job, orthogonal in zip(bunch, _orthogonalise(bunch, matrices, backend), strict=True):
+            updates[id(job)] = orthogonal
+    for bunch in _bunches(moving, lambda job: (job.settings, job.scale, job.param.dtype, job.param.device)):
+        _apply(bunch, [updates[id(job)] for job in bunch])
+
+
+def _fuses(job: MuonJob) -> bool:
+    """Whether the compiled kernels take momentum, iteration, decay and update together."""
+    s = job.settings
+    plain = s.variant is None and job.radius is None and not s.cautious_weight_decay
+    compiled = job.backend == "cuda" or (job.backend == "cpu" and matrix_unit() != TORCH)
+    return plain and compiled and job.arithmetic == torch.float32 and s.lr != 0.0
+
+
+def _step_fused(jobs: list[MuonJob], factor: float) -> None:
+    """The step in one call: momentum as gradients are read, decay and update as the last product is written."""
+    options: dict[Hashable, Any] = {}
+    for bunch in _bunches(jobs, lambda job: (job.backend, job.param.device)):
+        backend, device = bunch[0].backend, bunch[0].param.device
+        unit = matrix_unit() if backend == "cpu" else backend
+        matrices: list[Matrix] = []
+        grads = [job.grad.resolve_neg() for job in bunch]  # alive until the kernels have been launched
+        for job, grad in zip(bunch, grads, strict=True):
+            s = job.settings
+            form = form_for(s.ns_method, job.param.shape, unit)
+            key = s.ns_coefficients, s.ns_steps, s.eps, form
+            if key not in options:
+                options[key] = options_of(resolve(s.ns_coefficients, s.ns_steps), s.eps, form)
+            averages = s.momentum_form == "ema"
+            how = s.momentum, averages, s.nesterov, factor * s.sign, 1.0 - s.lr * s.weight_decay, s.lr * job.scale
+            for w, g, u in zip(views_of(job.param), views_of(grad), views_of(job.buffer), strict=True):
+                matrices.append((job.param.shape[-2], job.param.shape[-1], g, w, options[key], (u, *how)))
+        run_compiled(matrices, backend, device)
+    torch._C._increment_version([tensor for job in jobs for tensor in (job.param, job.buffer)])
+
+
+def _bunches(jobs: Iterable[MuonJob], key: Callable[[MuonJob], Hashable]) -> list[list[MuonJob]]:
+    """The jobs that have a key in common, together."""
+    found: dict[Hashable, list[MuonJob]] = {}
+    for job in jobs:
+        found.setdefault(key(job), []).append(job)
+    return list(found.values())
+
+
+def _widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x.to(dtype) for x in tensors]
+
+
+def _written_back(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Store what was computed in a wider dtype than it is kept in."""
+    pairs = [(target, value) for target, value in zip(targets, values, strict=True) if target is not value]
+    if pairs:
+        torch._foreach_copy_([target for target, _ in pairs], [value for _, value in pairs])
+
+
+def _momentum(jobs: list[MuonJob], factor: float) -> list[Tensor]:
+    """Step the momentum buffers; returns what is to be orthogonalised."""
+    settings = jobs[0].settings
+    grads = _widened([job.grad for job in jobs], jobs[0].arithmetic)
+    if factor * settings.sign != 1.0:
+        grads = list(torch._foreach_mul(grads, factor * settings.sign))
+    stored = [job.buffer for job in jobs]
+    buffers = _widened(stored, jobs[0].arithmetic)
+    if settings.momentum_form == "sum":
+        torch._foreach_mul_(buffers, settings.momentum)
+        torch._foreach_add_(buffers, grads)
+        updates = torch._foreach_add(grads, buffers, alpha=settings.momentum) if settings.nesterov else buffers
+    else:
+        torch._foreach_lerp_(buffers, grads, 1.0 - settings.momentum)
+        updates = torch._foreach_lerp(grads, buffers, settings.momentum) if settings.nesterov else buffers
+    _written_back(stored, buffers)
+    return list(updates)
+
+
+def _iteration(job: MuonJob) -> Hashable:
+    """What the matrices of one call of the iteration have in common."""
+    s = job.settings
+    return s.ns_coefficients, s.ns_steps, s.eps, s.ns_method, job.arithmetic, job.param.device
+
+
+def _orthogonalise(jobs: list[MuonJob], matrices: list[Tensor], backend: str | None) -> list[Tensor]:
+    s = jobs[0].settings
+    if jobs[0].arithmetic == torch.float64:
+        # What asks for fp64 does not ask for half-precision products.
+        return reference.newton_schulz(matrices, s.ns_coefficients, s.ns_steps, s.ns_method, s.eps)
+    result = ops.newton_schulz(matrices, s.ns_coefficients, s.ns_steps, s.ns_method, s.eps, backend=backend)
+    return list(result)
+
+
+def _apply(jobs: list[MuonJob], updates: list[Tensor]) -> None:
+    """Variance, decay and update of the weights."""
+    settings = jobs[0].settings
+    if settings.variant is not None:
+        updates = [_varied(job, update) for job, update in zip(jobs, updates, strict=True)]
+    if settings.lr == 0.0:
+        return
+    stored = [job.param for job in jobs]
+    weights = _widened(stored, jobs[0].arithmetic)
+    if jobs[0].radius is not None:
+        for job, w, update in zip(jobs, weights, updates, strict=True):
+            _rotate(w, update, job)
+    else:
+        decay = 1.0 - settings.lr * settings.weight_decay
+        if decay != 1.0 and settings.cautious_weight_decay:
+            torch._foreach_mul_(weights, [_cautious(w, o, decay) for w, o in zip(weights, updates, strict=True)])
+        elif decay != 1.0:
+            torch._foreach_mul_(weights, decay)
+        torch._foreach_add_(weights, updates, alpha=-settings.lr * jobs[0].scale)
+    _written_back(stored, weights)
+
+
+def _varied(job: MuonJob, update: Tensor) -> Tensor:
+    """NorMuon's or AdaMuon's form of an update; steps the second moment."""
+    assert job.second is not None
+    vary = normuon_update if job.settings.variant == "normuon" else adamuon_update
+    update, second = vary(update, job.second.to(update.dtype), job.settings.beta2)
+    job.second.copy_(second)
+    return update
+
+
+def _cautious(w: Tensor, update: Tensor, decay: float) -> Tensor:
+    return torch.ones_like(w).masked_fill_(update * w >= 0, decay)
+
+
+def _rotate(w: Tensor, update: Tensor, job: MuonJob) -> None:
+    """MuonH: a move of ηR, and back to the norm R; norms in fp64."""
+    assert job.radius is not None
+    radius = job.radius.double()[..., None, None]
+    norm = frobenius(update)
+    moved = w - (job.settings.lr * radius / norm).to(w.dtype) * update
+    moved *= (radius / frobenius(moved)).to(w.dtype)
+    w.copy_(torch.where(norm == 0, w, moved))
+
+
+def _step_by_reference(job: MuonJob, factor: float) -> None:
+    s = job.settings
+    hyper: dict[str, Any] = {
+        "lr": s.lr,
+        "momentum": s.momentum,
+        "nesterov": s.nesterov,
+        "momentum_form": s.momentum_form,
+        "ns_coefficients": s.ns_coefficients,
+        "ns_steps": s.ns_steps,
+        "eps": s.eps,
+        "ns_method": s.ns_method,
+    }
+    states = [job.buffer]
+    functions: dict[str | None, Callable[..., tuple[Tensor, ...]]] = {
+        None: reference.muon,
+        "normuon": reference.normuon,
+        "adamuon": reference.adamuon,
+    }
+    step = functions[s.variant]
+    if job.radius is not None:
+        step = reference.muonh
+        hyper["radius"] = job.radius
+    else:
+        hyper |= {"weight_decay": s.weight_decay, "cautious_weight_decay": s.cautious_weight_decay}
+        if s.variant != "adamuon":
+            hyper["adjust_lr_fn"] = job.scale
+        if job.second is not None:
+            states.append(job.second)
+            hyper["beta2"] = s.beta2
+    w, g, *before = _widened([job.param, job.grad, *states], job.arithmetic)
+    w, *after = step(w, factor * s.sign * g, *before, **hyper)
+    if s.lr != 0.0:
+        job.param.copy_(w)
+    for state, value in zip(states, after, strict=True):
+        state.copy_(value)

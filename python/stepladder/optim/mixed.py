@@ -1,0 +1,266 @@
+"""Several algorithms in one optimizer: one for matrices, and elementwise rules for whatever else there is."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stepladder import backends, reference
+from stepladder.optim.adamw import AdamW
+from stepladder.optim.base import SHARED_OPTIONS, Group, Optimizer
+from stepladder.optim.engine import (
+    Engine,
+    check_gradient,
+    check_tensors,
+    clip_factor,
+    describe_parameter,
+    is_capturing,
+    new_plan,
+)
+from stepladder.optim.lion import Lion
+from stepladder.optim.sgd import SGD
+from stepladder.optim.state import create_state, missing_states
+
+# What a group's `algorithm` may say beside the optimizer's own.
+ALGORITHMS: dict[str, type[Optimizer]] = {"adamw": AdamW, "lion": Lion, "sgd": SGD, "momentum": SGD}
+MOMENTUM = 0.9
+
+# A parameter to be stepped, its group and the backend for its device.
+Task = tuple[Tensor, Group, str]
+
+
+@functools.cache
+def defaults_of(algorithm: str) -> Group:
+    """The hyper-parameters of an elementwise algorithm, with its own defaults."""
+    # The class knows its defaults; of the optimizer that this makes, nothing else is wanted.
+    make: Any = ALGORITHMS[algorithm]
+    defaults: Group = make([torch.empty(0)]).defaults
+    return defaults | ({"momentum": MOMENTUM} if algorithm == "momentum" else {})
+
+
+class Mixed(Optimizer):
+    """An optimizer of matrices whose groups may follow an elementwise algorithm instead, by their `algorithm`.
+
+    Such a group has that algorithm's hyper-parameters and defaults, and steps as that optimizer of this package
+    does, bit for bit. Options that all optimizers share, and `maximize`, hold for every group.
+    """
+
+    # What `algorithm` says for the matrices.
+    algorithm: ClassVar[str]
+    rules = ()
+    choosing = ("algorithm",)
+    complex_parameters = False
+
+    @classmethod
+    def of(cls, group: Group) -> type[Optimizer]:
+        name = group.get("algorithm", cls.algorithm)
+        if name == cls.algorithm:
+            return cls
+        if not isinstance(name, str) or name not in ALGORITHMS:
+            known = ", ".join(map(repr, (cls.algorithm, *ALGORITHMS)))
+            raise ValueError(f"algorithm={name!r} is unknown, expected one of {known}")
+        return ALGORITHMS[name]
+
+    @classmethod
+    def elementwise(cls, groups: list[Group]) -> list[Group]:
+        return [group for group in groups if group.get("algorithm", cls.algorithm) != cls.algorithm]
+
+    @staticmethod
+    def rule(group: Group) -> str:
+        raise AssertionError("matrices follow no rule of rules.def")
+
+    @classmethod
+    @abstractmethod
+    def hyper_keys(cls) -> set[str]:
+        """The keys of a group of matrices that mean something."""
+
+    @classmethod
+    @abstractmethod
+    def check_shape(cls, param: Tensor, group: Group, where: str) -> None:
+        """Raise ValueError or TypeError for a parameter that is no matrix or batch of matrices."""
+
+    @classmethod
+    def check_start(cls, param: Tensor, group: Group, where: str) -> None:
+        """Raise ValueError for values that a parameter cannot have before its first step."""
+
+    @classmethod
+    def check_backends(cls, chosen: set[str]) -> None:
+        """Raise where one of the backends that matrices were given to could not run."""
+
+    @classmethod
+    @abstractmethod
+    def step_matrices(
+        cls,
+        tasks: list[Task],
+        states: dict[Tensor, Any],
+        backend: str | None,
+        inverse_scale: float | None,
+        factor: float,
+    ) -> None:
+        """Step matrices, whose states exist, all together.
+
+        Args:
+            tasks: Checked parameters with gradients.
+            states: Of the optimizer.
+            backend: As the user asked.
+            inverse_scale: Multiplies the gradients first, and the products are written back to them.
+            factor: Multiplies the gradients next.
+        """
+
+    def _new_engine(self) -> Engine:
+        return MixedEngine(type(self), self._backend, self._max_norm)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, in mid-run too.
+
+        Raises:
+            ValueError: A hyper-parameter is out of range or not this algorithm's, or a shape does not fit; nothing
+                has then changed.
+        """
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            super().add_param_group(param_group)
+            return
+        family = self.of(self.defaults | param_group)
+        own = self.defaults
+        filled = own
+        if family is not type(self):
+            shared = {key: own[key] for key in ("maximize", *SHARED_OPTIONS) if key in own}
+            filled = defaults_of(param_group["algorithm"]) | shared
+        self._check_keys(param_group, set(filled) if family is not type(self) else self.hyper_keys())
+        if not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])
+        if family is type(self):
+            family.check(own | param_group)
+            family.check_params(own | param_group, sum(len(group["params"]) for group in self.param_groups))
+        # What torch fills in is the algorithm's own.
+        self.defaults = filled
+        try:
+            super().add_param_group(param_group)
+        finally:
+            self.defaults = own
+
+    def _check_keys(self, group: Group, taken: set[str]) -> None:
+        """Refuse hyper-parameters that another algorithm takes; other keys are the user's own."""
+        known = self.hyper_keys().union(*map(defaults_of, ALGORITHMS))
+        if foreign := sorted((known & set(group)) - taken - {"maximize", *SHARED_OPTIONS}):
+            name = group.get("algorithm", self.algorithm)
+            raise ValueError(
+                f"a group with algorithm={name!r} has {', '.join(f'{key}={group[key]!r}' for key in foreign)}, "
+                f"expected keys out of {', '.join(sorted(taken))}"
+            )
+
+    @classmethod
+    def check_params(cls, group: Group, first: int) -> None:
+        params = group["params"]
+        names = dict(enumerate(group.get("param_names") or ()))
+        for position, item in enumerate([params] if isinstance(params, Tensor) else params):
+            name, param = item if isinstance(item, tuple) and len(item) == 2 else (names.get(position), item)
+            # A lazy parameter has no shape yet, and what is no tensor is torch's to refuse.
+            if isinstance(param, Tensor) and not torch.nn.parameter.is_lazy(param):
+                where = f"parameter {first + position}" + (f" ({name})" if name is not None else "")
+                cls.check_shape(param, group, where)
+
+    @classmethod
+    def required_keys(cls, group: Group) -> set[str]:
+        family = cls.of(group)
+        return family.required_keys(group) if family is not cls else cls.hyper_keys() - cls.late_keys
+
+
+class MixedEngine(Engine):
+    """Steps the matrices of an optimizer together, and its other groups by their rules.
+
+    All groups are checked before anything is written. GradScaler's skip and scale, and the norm of `max_norm`, are
+    waited for on a GPU.
+    """
+
+    family: type[Mixed]
+
+    def __init__(self, family: type[Mixed], backend: str | None, max_norm: float | None) -> None:
+        # Clipping takes all groups together, so it is not for the elementwise part to do.
+        super().__init__(family, backend, None)
+        self._limit = max_norm
+
+    def step(self, optimizer: torch.optim.Optimizer, factor: float | None = None) -> None:
+        found_inf: Any = getattr(optimizer, "found_inf", None)
+        grad_scale: Any = getattr(optimizer, "grad_scale", None)
+        if found_inf is not None and float(found_inf) != 0.0:
+            return
+        if is_capturing():
+            raise RuntimeError(f"{self.family.__name__}.step() cannot be captured into a CUDA graph")
+        tasks = self._check(optimizer)
+        inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
+        if self._limit is not None:
+            self._grad_norm = self._total_norm(optimizer, 1.0 if inverse_scale is None else inverse_scale)
+            factor = clip_factor(self._grad_norm, self._limit)
+        if self.family.elementwise(optimizer.param_groups):
+            super().step(optimizer, factor)
+        if tasks:
+            self._step_matrices(optimizer, tasks, inverse_scale, 1.0 if factor is None else factor)
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> list[Task]:
+        """Check all groups, and the matrices that have a gradient; returns these."""
+        # Not by the property, which would have the states of the other groups looked at again.
+        states = optimizer.__dict__["state"]
+        tasks: list[Task] = []
+        seen: set[Tensor] = set()
+        first = 0
+        for index, group in enumerate(optimizer.param_groups):
+            params = group["params"]
+            if not isinstance(params, (list, tuple)):
+                raise TypeError(f"params of group {index} are a {type(params).__name__}, expected a list")
+            family = self.family.of(group)
+            family.check(group)
+            for position, param in enumerate(params if family is self.family else ()):
+                if param.grad is None:
+                    continue
+                where = describe_parameter(first + position, group, position)
+                if param in seen:
+                    raise ValueError(f"{where} stands in the groups more than once")
+                seen.add(param)
+                state = states.get(param, {})
+                self.family.check_shape(param, group, where)
+                backend = check_tensors(param, state, self.family, group, self.backend, where)
+                if missing_states(self.family, state, group):
+                    self.family.check_start(param, group, where)
+                tasks.append((param, group, backend))
+            first += len(params)
+        self.family.check_backends({backend for _, _, backend in tasks})
+        return tasks
+
+    def _total_norm(self, optimizer: torch.optim.Optimizer, inverse_scale: float) -> float:
+        """Norm of the gradients of all groups, by the fixed tree."""
+        graded = []
+        first = 0
+        for group in optimizer.param_groups:
+            for position, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    where = describe_parameter(first + position, group, position)
+                    check_gradient(param.grad, param, self.family.of(group).__name__, where)
+                    graded.append(param)
+            first += len(group["params"])
+        plan = new_plan()
+        plan.reset([({"params": graded}, "", ())])
+        others = plan.bind_gradients([backends.choose(self.backend, p.device.type) for p in graded])
+        norm, _ = plan.norm(2.0, inverse_scale, torch.get_num_threads())
+        if others:
+            partials = plan.partials()
+            for index in others:
+                grad = reference.widened(graded[index].grad, graded[index])
+                partials[index] = reference.partial_norm(inverse_scale * grad, 2.0)
+            norm = reference.total_norm(partials, 2.0)
+        return norm
+
+    @torch.no_grad()
+    def _step_matrices(
+        self, optimizer: torch.optim.Optimizer, tasks: list[Task], inverse_scale: float | None, factor: float
+    ) -> None:
+        states = optimizer.__dict__["state"]
+        for param, group, _ in tasks:
+            if param.grad is not None and param.grad.is_neg():
+                param.grad = param.grad.resolve_neg()
+            create_state(self.family, states[param], param, group, torch.device("cpu"))
+        self.family.step_matrices(tasks, states, self.backend, inverse_scale, factor)

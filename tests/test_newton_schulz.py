@@ -1,0 +1,291 @@
+"""Newton-Schulz iterations: every coefficient set, shape, spectrum and scale, on every matrix unit that runs here."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import stepladder as sl
+from stepladder import _C, coefficients, newton_schulz
+from stepladder.coefficients import SETS, CoefficientSet, resolve
+
+UNITS = (*_C.matrix_units(), newton_schulz.TORCH)
+# What rounding operands to bf16 at each product may move a singular value of the result by.
+ROUNDING = 0.06
+# The interval of the normalised singular values is widened by this before the band is computed.
+WIDENED = 0.03
+
+
+@pytest.fixture(params=UNITS)
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, request.param)
+    return request.param
+
+
+def with_spectrum(m: int, n: int, values: Any, seed: int = 0) -> Tensor:
+    """A random m×n matrix with these singular values, in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    k = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q
+    return u @ torch.diag(torch.as_tensor(values, dtype=torch.float64)) @ v.T
+
+
+def spectrum(name: str, k: int) -> np.ndarray[Any, Any]:
+    if name == "rank one":
+        return np.eye(1, k)[0]
+    return np.logspace(0.0, -3.0 if name == "steep" else 0.0, k)
+
+
+def band(chosen: CoefficientSet, low: float, high: float) -> tuple[float, float]:
+    """The least and greatest value that exact arithmetic makes of singular values in [low, high]."""
+    x = np.linspace(low, high, 20001)
+    for a, b, c in chosen.steps:
+        x = a * x + b * x**3 + c * x**5
+    return float(x.min()), float(x.max())
+
+
+def exact_band(chosen: CoefficientSet, x: Tensor) -> tuple[float, float]:
+    x = x.double()
+    if chosen.aol:
+        x = x.mT if x.shape[0] > x.shape[1] else x
+        x = x / (x @ x.mT).abs().sum(-1, keepdim=True).sqrt()
+    else:
+        x = x / x.norm() / chosen.divisor
+    values = torch.linalg.svdvals(x)
+    return band(chosen, float(values.min()) * (1 - WIDENED), float(values.max()) * (1 + WIDENED))
+
+
+SHAPES = [(1, 1), (1, 7), (2, 2), (31, 33), (64, 64), (17, 272), (272, 17), (129, 257), (300, 100)]
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("kind", ["flat", "steep", "rank one"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", SETS)
+def test_singular_values_stay_in_the_sets_band(name: str, shape: tuple[int, int], kind: str, method: str, unit: str):
+    x = with_spectrum(*shape, spectrum(kind, min(shape))).float()
+    low, high = exact_band(SETS[name], x)
+    values = torch.linalg.svdvals(sl.ops.newton_schulz(x, name, method=method).double())
+    assert low - ROUNDING <= float(values.min())
+    assert float(values.max()) <= high + ROUNDING
+
+
+@pytest.mark.parametrize("shape", [(1024, 1000), (2048, 128), (127, 2032)], ids=str)
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_large_matrices(shape: tuple[int, int], method: str, unit: str):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    low, high = exact_band(SETS["jordan"], x)
+    values = torch.linalg.svdvals(sl.ops.newton_schulz(x, method=method))
+    assert low - ROUNDING <= float(values.min())
+    assert float(values.max()) <= high + ROUNDING
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).norm() / exact.norm())
+
+
+# Five steps multiply the error of one rounding to bf16, 2⁻⁹ relative to each of three operands, by at most what the
+# iteration multiplies a change of its input by; on spectra within a decade that factor stays below 10.
+BOUND = 3 * 10 * 2.0**-9
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("dtype", newton_schulz.KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(40, 40), (33, 100), (100, 33), (96, 512)], ids=str)
+def test_close_to_the_reference_in_float64(shape: tuple[int, int], dtype: torch.dtype, method: str, unit: str):
+    x = with_spectrum(*shape, np.linspace(1.0, 0.1, min(shape))).to(dtype)
+    y = sl.ops.newton_schulz(x, "polar_express", method=method)
+    assert y.dtype == dtype
+    assert y.shape == x.shape
+    assert relative_error(y, sl.reference.newton_schulz(x.double(), "polar_express")) < BOUND
+
+
+def test_the_reference_reaches_the_polar_factor():
+    x = with_spectrum(20, 50, np.linspace(1.0, 0.2, 20))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    for method in ("standard", "gram"):
+        assert torch.allclose(sl.reference.newton_schulz(x, "polar_express", 12, method), u @ vh, atol=1e-8)
+        assert torch.allclose(sl.ops.newton_schulz(x, "polar_express", 12, method), u @ vh, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e-6, 1.0, 1e20, 1e37])
+def test_the_scale_does_not_matter(scale: float, unit: str):
+    x = torch.randn(48, 80, generator=torch.Generator().manual_seed(2))
+    y, z = sl.ops.newton_schulz(x), sl.ops.newton_schulz(x * scale, eps=0.0 if scale < 1e-6 else 1e-7)
+    # Inputs near 1e-38 are subnormal: they have lost digits before the iteration begins.
+    assert relative_error(z, y.double()) < (BOUND if scale > 1e-38 else 2 * BOUND)
+
+
+def test_a_power_of_two_changes_no_bit(unit: str):
+    x = torch.randn(48, 80, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(sl.ops.newton_schulz(x, eps=0.0), sl.ops.newton_schulz(x * 2.0**40, eps=0.0))
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("eps", [0.0, 1e-7])
+def test_zeros_stay_zeros(name: str, eps: float, unit: str):
+    assert not sl.ops.newton_schulz(torch.zeros(20, 30), name, eps=eps).any()
+    assert not sl.ops.newton_schulz(torch.zeros(40, 30), name, eps=eps, method="gram").any()
+
+
+def test_eps_is_the_least_norm(unit: str):
+    x = torch.randn(24, 24, generator=torch.Generator().manual_seed(3)).double()
+    x = (x / x.norm() * 1e-3).float()
+    # Divided by 1 instead of its norm: nearly linear there.
+    y = sl.ops.newton_schulz(x, (2.0, -1.5, 0.5), 1, eps=1.0)
+    assert relative_error(y, 2.0 * x.double()) < 2.0**-7
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_one_bad_matrix_leaves_the_others_alone(bad: float, method: str, unit: str):
+    x = torch.randn(5, 40, 70, generator=torch.Generator().manual_seed(4))
+    good = sl.ops.newton_schulz(x, method=method)
+    x[2, 3, 4] = bad
+    result = sl.ops.newton_schulz(x, method=method)
+    assert result[2].isnan().all()
+    for k in (0, 1, 3, 4):
+        assert torch.equal(result[k], good[k])
+
+
+def test_a_list_is_each_of_its_matrices(unit: str):
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(3, 40, 24), (128, 64), (64, 64), (1, 5), (2, 2, 33, 35), (200, 20), (0, 4), (4, 0), (0, 3, 3)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    given = [torch.randn(s, generator=generator).to(dtypes[i % 3]) for i, s in enumerate(shapes)]
+    for x, y in zip(given, sl.ops.newton_schulz(given), strict=True):
+        assert y.shape == x.shape
+        assert y.dtype == x.dtype
+        assert torch.equal(sl.ops.newton_schulz(x), y)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "batch of transposed", "sliced"])
+def test_strides_do_not_matter(layout: str, unit: str):
+    x = torch.randn(4, 96, 96, generator=torch.Generator().manual_seed(6))
+    view = {
+        "transposed": x[0, :40].T,
+        "strided": x[0, ::2, ::3],
+        "expanded": x[0, :1].expand(30, 96),
+        "batch of transposed": x[:, :50].mT,
+        "sliced": x[1:3, 5:60, 7:31],
+    }[layout]
+    assert torch.equal(
+        sl.ops.newton_schulz(view), sl.ops.newton_schulz(view.clone(memory_format=torch.contiguous_format))
+    )
+
+
+def test_a_tall_matrix_is_its_transpose(unit: str):
+    x = torch.randn(150, 70, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(sl.ops.newton_schulz(x), sl.ops.newton_schulz(x.T).T)
+
+
+def test_threads_do_not_matter(unit: str):
+    if unit == newton_schulz.TORCH:
+        pytest.skip("torch's own products may depend on the number of threads")
+    given = [torch.randn(s, generator=torch.Generator().manual_seed(8)) for s in [(300, 500), (64, 64), (20, 700)]]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(sl.ops.newton_schulz(given))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_input_is_left_alone_and_nothing_is_recorded(unit: str):
+    x = torch.randn(30, 40, generator=torch.Generator().manual_seed(9), requires_grad=True)
+    before = x.detach().clone()
+    y = sl.ops.newton_schulz(x)
+    assert torch.equal(x.detach(), before)
+    assert not y.requires_grad
+    assert y.data_ptr() != x.data_ptr()
+
+
+def test_steps_and_coefficients():
+    assert resolve("jordan", None).steps == (SETS["jordan"].steps[0],) * 5
+    assert resolve(None, 7).steps == (SETS["jordan"].steps[0],) * 7
+    assert resolve("you", 6).steps == (*SETS["you"].steps, SETS["you"].steps[-1])
+    a, b, c = SETS["polar_express"].steps[1]
+    s = SETS["polar_express"].safety
+    raw = SETS["polar_express"].steps
+    assert resolve("polar_express", 3).steps == (raw[0], (a / s, b / s**3, c / s**5), raw[2])
+    assert resolve("polar_express", 10).steps[7:] == (raw[-1],) * 3
+    assert resolve((2, -1.5, 0.5), None).steps == ((2.0, -1.5, 0.5),) * coefficients.DEFAULT_STEPS
+    assert resolve([(2, -1.5, 0.5), (3, 0, 0)], None).steps == ((2.0, -1.5, 0.5), (3.0, 0.0, 0.0))
+    assert resolve([(2, -1.5, 0.5), (3, 0, 0)], 3).steps == ((2.0, -1.5, 0.5), (3.0, 0.0, 0.0), (3.0, 0.0, 0.0))
+    assert resolve("jordan8_exact2", 11).steps[-3:] == ((2.0, -1.5, 0.5),) * 3
+
+
+X = torch.ones(3, 4)
+REFUSALS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    ((torch.ones(3),), {}, ValueError, r"X has shape \(3,\)"),
+    ((torch.tensor(1.0),), {}, ValueError, r"X has shape \(\)"),
+    (([X, torch.ones(2)],), {}, ValueError, r"X\[1\] has shape \(2,\)"),
+    ((torch.ones(3, 4, dtype=torch.int32),), {}, TypeError, "X has dtype torch.int32"),
+    ((torch.ones(3, 4, dtype=torch.complex64),), {}, TypeError, "X has dtype torch.complex64"),
+    ((X.to_sparse(),), {}, TypeError, "X has layout torch.sparse_coo"),
+    (([X, 3],), {}, TypeError, r"X\[1\] is a int"),
+    ((X, "jordann"), {}, ValueError, "coefficients='jordann' is unknown, expected one of 'jordan'"),
+    ((X, (1.0, 2.0)), {}, ValueError, "exactly 3 values"),
+    ((X, [(1.0, 2.0, 3.0), (1.0,)]), {}, ValueError, r"exactly 3 values for each step, got \(1.0,\)"),
+    ((X, ()), {}, TypeError, "coefficients must be a name"),
+    ((X, 3.0), {}, TypeError, "coefficients must be a name"),
+    ((X, (1.0, math.nan, 3.0)), {}, ValueError, "must be finite numbers, got nan"),
+    ((X, (1.0, "2", 3.0)), {}, ValueError, "must be finite numbers, got '2'"),
+    ((X,), {"steps": 0}, ValueError, "steps=0 is out of range, expected 1 to 99"),
+    ((X,), {"steps": 100}, ValueError, "steps=100 is out of range"),
+    ((X,), {"steps": 2.0}, TypeError, "steps must be an integer or None, got 2.0"),
+    ((X,), {"steps": True}, TypeError, "steps must be an integer or None, got True"),
+    ((X, "aol4"), {"steps": 3}, ValueError, "steps=3 is too few for coefficients='aol4', expected at least 4"),
+    ((X, "jordan8_exact2"), {"steps": 9}, ValueError, "steps=9 is too few"),
+    ((X,), {"method": "fast"}, ValueError, "method='fast' is unknown, expected one of 'auto', 'standard', 'gram'"),
+    ((X,), {"eps": -1.0}, ValueError, "eps=-1.0 is out of range"),
+    ((X,), {"eps": math.nan}, ValueError, "eps=nan is out of range"),
+    ((X,), {"eps": "0"}, TypeError, "eps must be a number, got '0'"),
+    ((X,), {"backend": "gpu"}, ValueError, "backend='gpu' is unknown"),
+    ((X.double(),), {"backend": "cpu"}, TypeError, "X has dtype torch.float64, which backend='cpu' does not take"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"), REFUSALS, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_refusals(args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        sl.ops.newton_schulz(*args, **kwargs)
+
+
+def test_units_are_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, "abacus")
+    with pytest.raises(ValueError, match="STEPLADDER_MATRIX_UNIT='abacus' is unknown, expected 'amx'"):
+        sl.ops.newton_schulz(X)
+    monkeypatch.setattr(newton_schulz._C, "matrix_units", list)
+    monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, "amx")
+    with pytest.raises(RuntimeError, match="STEPLADDER_MATRIX_UNIT='amx' cannot run here"):
+        sl.ops.newton_schulz(X)
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("name", ["jordan", "aol4"])
+def test_tiles_by_their_emulation(emulated_module: Any, monkeypatch: pytest.MonkeyPatch, name: str, method: str):
+    """The kernels for tiles, whose instructions plain C++ stands in for: other sums, the same everything else."""
+    if "avx512_bf16" not in _C.matrix_units():
+        pytest.skip("the tiles' kernels need AVX-512 with bf16 beside the tiles")
+    given = [torch.randn(s, generator=torch.Generator().manual_seed(10)) for s in [(40, 40), (20, 300), (70, 33)]]
+    monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, "avx512_bf16")
+    expected = sl.ops.newton_schulz(given, name, method=method)
+    monkeypatch.setattr(newton_schulz, "_C", emulated_module)
+    monkeypatch.setattr(newton_schulz, "_kept", threading.local())
+    monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, "amx")
+    for x, y in zip(sl.ops.newton_schulz(given, name, method=method), expected, strict=True):
+        assert relative_error(x, y.double()) < BOUND
