@@ -35,8 +35,8 @@ RESERVED = {"build": 130.0, "test": 180.0, "sanitize": 90.0, "bench": 160.0}
 GRACE = 15.0
 # Of the benchmark's time, for the one that compiles torch's step.
 COMPILING = 70.0
-# Tests that run on whatever STEPLADDER_TEST_DEVICE names speak of this class, and say in their names that they do.
-FIXTURE = "Kernels"
+# Tests that run on whatever STEPLADDER_TEST_DEVICE names speak of one of these, and say the backend in their names.
+FIXTURES = ("Kernels", "import DEVICE")
 BACKENDS = ("cuda", "triton")
 # A few sizes of the rules with the most to go wrong: tensor ends, norms, groups, clipping, several dtypes.
 SANITIZED = (
@@ -205,7 +205,8 @@ def architecture(capability: Sequence[int]) -> str:
 
 def pytest_command() -> list[str]:
     """The tests that run on any device, and none that is left over from elsewhere."""
-    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if FIXTURE in path.read_text())
+    tests = (ROOT / "tests").glob("test_*.py")
+    files = sorted(path for path in tests if any(fixture in path.read_text() for fixture in FIXTURES))
     return [
         sys.executable,
         "-m",

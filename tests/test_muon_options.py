@@ -15,6 +15,7 @@ import stepladder as sl
 from stepladder import reference
 from stepladder.coefficients import SETS
 from stepladder.newton_schulz import TORCH, UNIT_VARIABLE, matrix_unit
+from stepladder.optim.orthogonalized import waves_of
 from stepladder.reference.muon import adamuon_update, decayed, normuon_update
 
 DOUBLE = torch.float64
@@ -296,6 +297,61 @@ def test_one_call_of_the_kernels_for_all_matrices(monkeypatch):
     for seed in range(2):
         steps(optimizer, p, [random_gradients(p, seed)])
     assert len(calls) == 2
+
+
+def test_parameters_that_share_memory_step_one_after_another():
+    start, steps_each = torch.randn(300, 300), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for _ in range(10):
+            w = start.clone()
+            p, q, other = (torch.nn.Parameter(x) for x in (w, w.view(300, 300), torch.randn(40, 40)))
+            optimizer = sl.Muon([p, other, q], lr=0.1)
+            generator = torch.Generator().manual_seed(1)
+            for x in (p, other, q):
+                x.grad = torch.randn(x.shape, generator=generator)
+            optimizer.step()
+            steps_each.append(p.detach().clone())
+    assert all(torch.equal(steps_each[0], x) for x in steps_each[1:])
+    # Two updates of 300 singular values near 1 each, at right angles but for chance.
+    assert float((steps_each[0] - start).norm()) > 0.1 * 300**0.5
+
+
+def test_waves():
+    w = torch.zeros(10, 4)
+    params = [w, torch.zeros(3, 3), w[2:], torch.zeros(0, 4), w[:2], w.T]
+    assert waves_of(params) == [[0, 1], [2], [4], [5]]
+    assert waves_of([w[:2], w[2:5], w[5:]]) == [[0, 1, 2]]
+    assert waves_of([]) == []
+
+
+@pytest.mark.parametrize("column", ["gradient", "buffer"])
+def test_a_wide_column_beside_a_narrow_parameter(column: str):
+    p, q = (torch.nn.Parameter(torch.ones(6, 4) * 0.5) for _ in range(2))
+    for x in (p, q):
+        x.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    optimizers = [sl.Muon([x]) for x in (p, q)]
+    for optimizer in optimizers:
+        optimizer.step()
+    if column == "buffer":
+        optimizers[0].state[p]["momentum_buffer"] = optimizers[0].state[p]["momentum_buffer"].double()
+    elif hasattr(p, "grad_dtype"):
+        p.grad_dtype = None
+        p.grad = p.grad.double()
+    else:
+        pytest.skip("this torch has no Tensor.grad_dtype")
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), q.detach(), rtol=2.0**-6, atol=2.0**-16)
+
+
+def test_an_expanded_gradient_is_unscaled():
+    p, q = parameter((6, 4)), torch.nn.Parameter(torch.zeros(3))
+    p.grad, q.grad = torch.full((1,), 8.0, dtype=p.dtype).expand(6, 4), torch.ones(3)
+    optimizer = sl.Muon([{"params": [p]}, {"params": [q], "algorithm": "adamw"}])
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    optimizer.step()
+    assert torch.equal(p.grad, torch.full((6, 4), 2.0, dtype=p.dtype))
 
 
 # What rounding operands to bf16 may move an element of an update by, as a share of the update's norm.

@@ -62,6 +62,17 @@ def exact_band(chosen: CoefficientSet, x: Tensor) -> tuple[float, float]:
     return band(chosen, float(values.min()) * (1 - WIDENED), float(values.max()) * (1 + WIDENED))
 
 
+@pytest.mark.parametrize("method", ["standard", "gram", "auto"])
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 1e-2, 3e-2])
+@pytest.mark.parametrize("name", SETS)
+def test_rows_that_are_nearly_alike(name: str, noise: float, method: str, unit: str):
+    """As gradients of sums have them: the roundings of all elements of a Gram matrix go the same way."""
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn(1, 100, generator=generator) + noise * torch.randn(36, 100, generator=generator)
+    _, high = exact_band(SETS[name], x)
+    assert float(torch.linalg.svdvals(sl.ops.newton_schulz(x, name, method=method)).max()) <= high + ROUNDING
+
+
 SHAPES = [(1, 1), (1, 7), (2, 2), (31, 33), (64, 64), (17, 272), (272, 17), (129, 257), (300, 100)]
 
 
@@ -281,7 +292,9 @@ def test_tiles_by_their_emulation(emulated_module: Any, monkeypatch: pytest.Monk
     """The kernels for tiles, whose instructions plain C++ stands in for: other sums, the same everything else."""
     if "avx512_bf16" not in _C.matrix_units():
         pytest.skip("the tiles' kernels need AVX-512 with bf16 beside the tiles")
-    given = [torch.randn(s, generator=torch.Generator().manual_seed(10)) for s in [(40, 40), (20, 300), (70, 33)]]
+    given = [
+        torch.randn(s, generator=torch.Generator().manual_seed(10)) for s in [(40, 40), (20, 300), (70, 33), (1100, 40)]
+    ]
     monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, "avx512_bf16")
     expected = sl.ops.newton_schulz(given, name, method=method)
     monkeypatch.setattr(newton_schulz, "_C", emulated_module)

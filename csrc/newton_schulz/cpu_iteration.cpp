@@ -173,6 +173,7 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
   std::atomic<size_t> left{order.size()};
 
   const auto open = [&](size_t s) {
+    if (next_job.load(std::memory_order_relaxed) >= order.size()) return false;
     const size_t k = next_job.fetch_add(1);
     if (k >= order.size()) return false;
     Slot& slot = slots[s];
@@ -234,8 +235,8 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
   }
   size_t kept = 0;
   for (const auto& workspace : workspaces_) {
+    if (kept + workspace->bytes() > kept_bytes_) workspace->release();
     kept += workspace->bytes();
-    if (kept > kept_bytes_) workspace->release();
   }
 }
 

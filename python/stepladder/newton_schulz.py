@@ -70,7 +70,7 @@ def newton_schulz(
         steps: How many; None means as many as the set has, and five for a single triple. Beyond the set's, its last
             is repeated.
         method: "standard"; "gram", which iterates on m×m matrices and starts afresh after two steps; or "auto", the
-            one that was measured to be faster for the shape (docs/performance.md).
+            one that was measured to be faster for the shape (docs/performance.md). "aol4" is always "standard".
         eps: The least norm to divide by.
         backend: "cpu", "cuda", "triton", "reference", or None to choose by the device.
 
@@ -139,8 +139,14 @@ def orthogonalise(
     return [result for result in results if result is not None]
 
 
-def form_for(method: str, shape: torch.Size, unit: str) -> str:
-    """The form that "auto" takes for matrices [..., m, n]."""
+def form_for(method: str, shape: torch.Size, unit: str, chosen: CoefficientSet) -> str:
+    """The form in which matrices [..., m, n] are iterated on.
+
+    A set with the AOL prescale takes the standard form always: it has no margin, and where rows are nearly alike the
+    roundings of a Gram matrix all go the same way, beyond where two steps in a row converge.
+    """
+    if chosen.aol:
+        return "standard"
     if method != "auto":
         return method
     m, n = sorted(shape[-2:])
@@ -168,9 +174,11 @@ def _by_reference(given: list[Tensor], chosen: CoefficientSet, method: str, eps:
 def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
     # Without instructions for it, torch's products in bf16 are slower than those in fp32; and sets that need a margin
     # diverge in them, as the diagonal of a Gram matrix is rounded like everything else.
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and chosen.divisor == 1.0
+    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    bf16 = there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = bf16 and chosen.divisor == 1.0
     dtype = torch.bfloat16 if fast else torch.float32
-    return [iterate(x, chosen, form_for(method, x.shape, TORCH), eps, dtype) for x in given]
+    return [iterate(x, chosen, form_for(method, x.shape, TORCH, chosen), eps, dtype) for x in given]
 
 
 # Address, dtype, strides of rows and columns.
@@ -230,7 +238,7 @@ def _compiled(
     results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
     matrices: list[Matrix] = []
     for x, result in zip(given, results, strict=True):
-        form = options[form_for(method, x.shape, unit)]
+        form = options[form_for(method, x.shape, unit, chosen)]
         for source, target in zip(views_of(x), views_of(result), strict=True):
             matrices.append((x.shape[-2], x.shape[-1], source, target, form, None))
     run_compiled(matrices, backend, given[0].device)
@@ -253,7 +261,7 @@ def _by_triton(given: list[Tensor], chosen: CoefficientSet, method: str, eps: fl
 
     results: dict[int, Tensor] = {}
     for form in ("standard", "gram"):
-        indices = [i for i, x in enumerate(given) if form_for(method, x.shape, "triton") == form]
+        indices = [i for i, x in enumerate(given) if form_for(method, x.shape, "triton", chosen) == form]
         if indices:
             results |= dict(zip(indices, run([given[i] for i in indices], chosen, form, eps), strict=True))
     return [results[i] for i in range(len(given))]

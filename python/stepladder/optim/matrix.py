@@ -11,7 +11,16 @@ from torch import Tensor
 
 from stepladder import ops, reference
 from stepladder.coefficients import Triple, resolve
-from stepladder.newton_schulz import TORCH, Matrix, form_for, matrix_unit, options_of, run_compiled, views_of
+from stepladder.newton_schulz import (
+    KERNEL_DTYPES,
+    TORCH,
+    Matrix,
+    form_for,
+    matrix_unit,
+    options_of,
+    run_compiled,
+    views_of,
+)
 from stepladder.reference.muon import adamuon_update, frobenius, normuon_update
 
 
@@ -150,7 +159,8 @@ def _fuses(job: MuonJob) -> bool:
     s = job.settings
     plain = s.variant is None and job.radius is None and not s.cautious_weight_decay
     compiled = job.backend == "cuda" or (job.backend == "cpu" and matrix_unit() != TORCH)
-    return plain and compiled and job.arithmetic == torch.float32 and s.lr != 0.0
+    stored = all(x.dtype in KERNEL_DTYPES for x in (job.param, job.grad, job.buffer))
+    return plain and compiled and stored and s.lr != 0.0
 
 
 def _step_fused(jobs: list[MuonJob], factor: float) -> None:
@@ -163,10 +173,11 @@ def _step_fused(jobs: list[MuonJob], factor: float) -> None:
         grads = [job.grad.resolve_neg() for job in bunch]  # alive until the kernels have been launched
         for job, grad in zip(bunch, grads, strict=True):
             s = job.settings
-            form = form_for(s.ns_method, job.param.shape, unit)
+            chosen = resolve(s.ns_coefficients, s.ns_steps)
+            form = form_for(s.ns_method, job.param.shape, unit, chosen)
             key = s.ns_coefficients, s.ns_steps, s.eps, form
             if key not in options:
-                options[key] = options_of(resolve(s.ns_coefficients, s.ns_steps), s.eps, form)
+                options[key] = options_of(chosen, s.eps, form)
             averages = s.momentum_form == "ema"
             how = s.momentum, averages, s.nesterov, factor * s.sign, 1.0 - s.lr * s.weight_decay, s.lr * job.scale
             for w, g, u in zip(views_of(job.param), views_of(grad), views_of(job.buffer), strict=True):
@@ -205,12 +216,16 @@ def _momentum(jobs: list[MuonJob], factor: float) -> list[Tensor]:
     if settings.momentum_form == "sum":
         torch._foreach_mul_(buffers, settings.momentum)
         torch._foreach_add_(buffers, grads)
-        updates = torch._foreach_add(grads, buffers, alpha=settings.momentum) if settings.nesterov else buffers
     else:
         torch._foreach_lerp_(buffers, grads, 1.0 - settings.momentum)
-        updates = torch._foreach_lerp(grads, buffers, settings.momentum) if settings.nesterov else buffers
     _written_back(stored, buffers)
-    return list(updates)
+    # What follows sees the momentum as it is stored.
+    buffers = _widened(stored, jobs[0].arithmetic)
+    if not settings.nesterov:
+        return buffers
+    if settings.momentum_form == "sum":
+        return list(torch._foreach_add(grads, buffers, alpha=settings.momentum))
+    return list(torch._foreach_lerp(grads, buffers, settings.momentum))
 
 
 def _iteration(job: MuonJob) -> Hashable:

@@ -14,6 +14,7 @@ from stepladder.coefficients import Triple, resolve
 from stepladder.newton_schulz import matrix_unit
 from stepladder.optim import checks
 from stepladder.optim.base import Group
+from stepladder.optim.engine import has_internal_overlap
 from stepladder.optim.matrix import MatrixLayout, MuonJob, MuonSettings, memory_order, muon_step
 from stepladder.optim.mixed import Mixed, Task
 from stepladder.reference.newton_schulz import METHODS
@@ -164,11 +165,35 @@ def neurons(shape: torch.Size) -> torch.Size:
 def unscaled(param: Tensor, inverse_scale: float) -> Tensor:
     """A parameter's gradient times `inverse_scale`, which is written back to it."""
     assert param.grad is not None
+    if has_internal_overlap(param.grad):
+        param.grad = param.grad.contiguous()
     if param.grad.dtype in (torch.float32, torch.float64):
         return param.grad.mul_(inverse_scale)
     product = param.grad.float() * inverse_scale
     param.grad.copy_(product)
     return product
+
+
+def waves_of(params: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of parameters in waves: those whose bounding address ranges meet are in different ones, in order."""
+    ranges = []
+    for index, p in enumerate(params):
+        if p.numel():
+            reach = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+            ranges.append((p.data_ptr(), p.data_ptr() + (reach + 1) * p.element_size(), index))
+    waves: list[list[int]] = []
+    meeting: list[int] = []
+    end: float = 0
+    for begin, past, index in [*sorted(ranges), (math.inf, math.inf, -1)]:
+        if begin >= end:
+            for wave, member in enumerate(sorted(meeting)):
+                if wave == len(waves):
+                    waves.append([])
+                waves[wave].append(member)
+            meeting = []
+        meeting.append(index)
+        end = max(end, past)
+    return [sorted(wave) for wave in waves]
 
 
 class Orthogonalized(Mixed):
@@ -251,6 +276,20 @@ class Orthogonalized(Mixed):
         inverse_scale: float | None,
         factor: float,
     ) -> None:
+        # Parameters that share memory are stepped one after another, as the elementwise plan does it.
+        for wave in waves_of([param for param, _, _ in tasks]):
+            cls._step_wave([tasks[i] for i in wave], states, backend, inverse_scale, factor)
+
+    @classmethod
+    def _step_wave(
+        cls,
+        tasks: list[Task],
+        states: dict[Tensor, Any],
+        backend: str | None,
+        inverse_scale: float | None,
+        factor: float,
+    ) -> None:
+        """Step matrices that share no memory."""
         groups = {id(group): group for _, group, _ in tasks}
         said = {key: cls.settings(group) for key, group in groups.items()}
         jobs: list[MuonJob] = []
