@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from time import perf_counter, perf_counter_ns
 from typing import Any, TextIO
@@ -17,7 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 import stepladder as sl
-from stepladder.bench import report
+from stepladder import backends
+from stepladder.bench import gpu, gpu_report, report
 from stepladder.bench.measure import no_collection, wanted
 from stepladder.bench.results import Quantiles
 from stepladder.coefficients import SETS
@@ -47,6 +49,45 @@ def plain(x: Tensor) -> Tensor:
     return y.mT if tall else y
 
 
+class Cpu:
+    """Who takes turns on the CPU, and how a turn is timed."""
+
+    device = torch.device("cpu")
+    ours: Mapping[str, str | None] = {OURS: None}
+    rivals: dict[str, Callable[[Tensor], Tensor]] = {THEIRS: plain}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.unit = matrix_unit()
+
+    def milliseconds(self, run: Callable[[], Any], repeats: int) -> float:
+        start = perf_counter_ns()
+        for _ in range(repeats):
+            run()
+        return (perf_counter_ns() - start) / 1e6 / repeats
+
+
+class OnGpu:
+    """The same on a GPU: each of our backends, torch eager and compiled, by events, the cache flushed before each.
+
+    Args:
+        clock: Times a step.
+        names: Our backends.
+    """
+
+    def __init__(self, clock: gpu.Gpu, names: Sequence[str]) -> None:
+        self._clock = clock
+        self.device = clock.device
+        self.unit = str(self.device)
+        self.ours: Mapping[str, str | None] = {f"{OURS}-{name}": name for name in names}
+        self.rivals = {THEIRS: plain, f"{THEIRS} compiled": torch.compile(plain)}
+
+    def milliseconds(self, run: Callable[[], Any], repeats: int) -> float:
+        return self._clock.alone(run)[0]
+
+
+Machine = Cpu | OnGpu
+
+
 @dataclass
 class Row:
     """What was measured of one shape.
@@ -54,38 +95,46 @@ class Row:
     Attributes:
         name: What it is.
         flops: Of the standard form, 2·(2m²n + m³) a step and matrix.
-        ms: Quantiles of milliseconds, by contender.
-        ratio: Theirs over ours, within rounds.
-        error: Relative distance of the two results.
+        rounds: How many turns each contender had.
+        errors: Relative distance of each of ours from torch's result.
+        ms: Quantiles of milliseconds, by contender; without those of ours that are red.
+        ratios: Of each other contender over the first of ours, within rounds.
     """
 
     name: str
     flops: float
-    rounds: int
-    error: float
+    rounds: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
     ms: dict[str, Quantiles] = field(default_factory=dict)
-    ratio: Quantiles | None = None
+    ratios: dict[str, Quantiles] = field(default_factory=dict)
 
     @property
-    def green(self) -> bool:
-        return self.error <= TOLERANCE
+    def red(self) -> list[str]:
+        """Those of ours whose result is not torch's. NaN is not."""
+        return [name for name, error in self.errors.items() if not error <= TOLERANCE]
+
+    def rate(self, name: str) -> float:
+        """GFLOP/s of a contender."""
+        return self.flops / self.ms[name].median / 1e6
 
 
-def flops(m: int, n: int, batch: int) -> float:
+def flops(m: int, n: int, batch: int = 1) -> float:
     return STEPS * batch * 2.0 * (2.0 * m * m * n + float(m) ** 3)
 
 
-def measure_iteration(batch: int, m: int, n: int, seconds: float, method: str = "auto") -> Row:
+def measure_iteration(machine: Machine, batch: int, m: int, n: int, seconds: float, method: str = "auto") -> Row:
     """One shape: checked, then timed in turns."""
     x = torch.randn((m, n) if batch == 1 else (batch, m, n), generator=torch.Generator().manual_seed(0))
-    contenders: dict[str, Callable[[], Any]] = {
-        OURS: lambda: sl.ops.newton_schulz(x, method=method),
-        THEIRS: lambda: plain(x),
+    x = x.to(machine.device)
+    ours = {
+        name: partial(sl.ops.newton_schulz, x, method=method, backend=backend) for name, backend in machine.ours.items()
     }
-    expected = plain(x).float()
-    error = float((sl.ops.newton_schulz(x, method=method) - expected).norm() / expected.norm())
-    row = Row(f"{batch}x{m}x{n}", flops(m, n, batch), 0, error)
-    return timed(row, contenders, seconds) if row.green else row
+    expected = machine.rivals[THEIRS](x).float()
+    row = Row(f"{batch}x{m}x{n}", flops(m, n, batch))
+    for name, run in ours.items():
+        row.errors[name] = float((run() - expected).norm() / expected.norm())
+    rivals = {name: partial(run, x) for name, run in machine.rivals.items()}
+    return timed(row, machine, {name: run for name, run in ours.items() if name not in row.red} | rivals, seconds)
 
 
 def gpt2_matrices(layers: int = 12, width: int = 768) -> list[tuple[int, int]]:
@@ -93,33 +142,40 @@ def gpt2_matrices(layers: int = 12, width: int = 768) -> list[tuple[int, int]]:
     return [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * layers
 
 
-def measure_muon(shapes: Sequence[tuple[int, int]], name: str, seconds: float) -> Row:
+def measure_muon(machine: Machine, shapes: Sequence[tuple[int, int]], name: str, seconds: float) -> Row:
     """A step of sl.Muon against torch.optim.Muon's, on parameters of their own."""
     generator = torch.Generator().manual_seed(0)
-    pairs: dict[str, list[torch.nn.Parameter]] = {}
-    values = [(torch.randn(s, generator=generator), torch.randn(s, generator=generator)) for s in shapes]
-    for contender in (OURS, THEIRS):
-        pairs[contender] = [torch.nn.Parameter(w.clone()) for w, _ in values]
-        for p, (_, g) in zip(pairs[contender], values, strict=True):
+    values = [tuple(torch.randn(s, generator=generator).to(machine.device) for _ in range(2)) for s in shapes]
+    row = Row(name, sum(flops(min(s), max(s)) for s in shapes))
+    moved: dict[str, Tensor] = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for contender in (*machine.ours, THEIRS):
+        params = [torch.nn.Parameter(w.clone()) for w, _ in values]
+        for p, (_, g) in zip(params, values, strict=True):
             p.grad = g.clone()
-    optimizers = {OURS: sl.Muon(pairs[OURS]), THEIRS: torch.optim.Muon(pairs[THEIRS])}
-    for optimizer in optimizers.values():
+        ours = contender in machine.ours
+        optimizer = sl.Muon(params, backend=machine.ours[contender]) if ours else torch.optim.Muon(params)
         optimizer.step()
-    moved = [
-        torch.cat([(p - w).flatten() for p, (w, _) in zip(pairs[contender], values, strict=True)]).detach()
-        for contender in (OURS, THEIRS)
-    ]
-    error = float((moved[0] - moved[1]).norm() / moved[1].norm())
-    row = Row(name, sum(flops(*sorted(s), 1) for s in shapes), 0, error)
-    return timed(row, {name: optimizer.step for name, optimizer in optimizers.items()}, seconds) if row.green else row
+        moved[contender] = torch.cat([(p.detach() - w).flatten() for p, (w, _) in zip(params, values, strict=True)])
+        optimizers[contender] = optimizer
+    for contender in machine.ours:
+        row.errors[contender] = float((moved[contender] - moved[THEIRS]).norm() / moved[THEIRS].norm())
+    steps: dict[str, Callable[[], Any]] = {
+        name: optimizer.step for name, optimizer in optimizers.items() if name not in row.red
+    }
+    return timed(row, machine, steps, seconds)
 
 
-def timed(row: Row, contenders: dict[str, Callable[[], Any]], seconds: float) -> Row:
+def timed(row: Row, machine: Machine, contenders: Mapping[str, Callable[[], Any]], seconds: float) -> Row:
     """Time contenders in turns, in a new random order each round; small ones several times a turn."""
-    begin = perf_counter()
+    first = next(iter(contenders))
+    if first not in machine.ours:
+        return row
     for run in contenders.values():
         run()
-    repeats = max(1, min(50, int(0.004 / (perf_counter() - begin))))
+    begin = perf_counter()
+    contenders[first]()
+    repeats = max(1, min(50, int(0.002 / (perf_counter() - begin))))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0).shuffle
     with no_collection():
@@ -127,57 +183,54 @@ def timed(row: Row, contenders: dict[str, Callable[[], Any]], seconds: float) ->
         while wanted(row.rounds, 15, perf_counter() - begin, seconds):
             shuffle(order)
             for name in order:
-                start = perf_counter_ns()
-                for _ in range(repeats):
-                    contenders[name]()
-                times[name].append((perf_counter_ns() - start) / 1e6 / repeats)
+                times[name].append(machine.milliseconds(contenders[name], repeats))
             row.rounds += 1
     arrays = {name: np.array(values) for name, values in times.items()}
     row.ms = {name: Quantiles.of(values) for name, values in arrays.items()}
-    row.ratio = Quantiles.of(arrays[THEIRS] / arrays[OURS])
+    row.ratios = {name: Quantiles.of(values / arrays[first]) for name, values in arrays.items() if name != first}
     return row
 
 
 COLUMNS = (
-    *("what", "unit", "check", "error", "rounds", "gflops", "torch_gflops"),
-    *(f"{name}_ms_{quantile}" for name in ("ours", "torch") for quantile in Quantiles._fields),
+    *("what", "unit", "contender", "check", "error", "rounds", "gflops"),
+    *(f"ms_{quantile}" for quantile in Quantiles._fields),
     *(f"ratio_{quantile}" for quantile in Quantiles._fields),
 )
 
 
-def as_row(row: Row) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "what": row.name,
-        "unit": matrix_unit(),
-        "check": report.GREEN if row.green else "red",
-        "error": row.error,
-        "rounds": row.rounds,
-    }
-    if row.ratio is None:
-        return values
-    for column, name in (("ours", OURS), ("torch", THEIRS)):
-        values |= {f"{column}_ms_{key}": value for key, value in row.ms[name]._asdict().items()}
-    values |= {f"ratio_{key}": value for key, value in row.ratio._asdict().items()}
-    rates = {name: row.flops / row.ms[name].median / 1e6 for name in row.ms}
-    return values | {"gflops": rates[OURS], "torch_gflops": rates[THEIRS]}
+def csv_rows(row: Row, unit: str) -> Iterator[dict[str, Any]]:
+    """One for each contender; ratios are to the first of ours."""
+    for name in {**row.errors, **row.ms}:
+        verdict = "red" if name in row.red else report.GREEN if name in row.errors else ""
+        values: dict[str, Any] = {"what": row.name, "unit": unit, "contender": name, "check": verdict}
+        values |= {"rounds": row.rounds, "error": row.errors.get(name, "")}
+        if name in row.ms:
+            values |= {"gflops": row.rate(name)} | {f"ms_{key}": v for key, v in row.ms[name]._asdict().items()}
+        if name in row.ratios:
+            values |= {f"ratio_{key}": v for key, v in row.ratios[name]._asdict().items()}
+        yield values
 
 
-def table(rows: Sequence[Row]) -> Table:
-    shown = Table(title=f"Newton-Schulz, 5 steps, fp32 in and out · matrix unit {matrix_unit()}", title_justify="left")
-    for column in ("batch x m x n", "ms", "GFLOP/s", "torch GFLOP/s", "× torch", "p20", "p80", "check"):
-        shown.add_column(column, justify="left" if column.startswith("batch") else "right")
+def table(rows: Sequence[Row], unit: str) -> Table:
+    shown = Table(title=f"Newton-Schulz, 5 steps, fp32 in and out · {unit}", title_justify="left")
+    for column in ("batch x m x n", "contender", "ms", "GFLOP/s", "× ours", "p20", "p80", "check"):
+        shown.add_column(column, justify="left" if column in ("batch x m x n", "contender") else "right")
     for row in rows:
-        if row.ratio is None:
-            shown.add_row(row.name, *[""] * 6, f"[bold red]red: {row.error:.2g}")
-            continue
-        rates = [f"{row.flops / row.ms[name].median / 1e6:.0f}" for name in (OURS, THEIRS)]
-        ratios = [f"{value:.2f}" for value in (row.ratio.median, row.ratio.p20, row.ratio.p80)]
-        shown.add_row(row.name, f"{row.ms[OURS].median:.3g}", *rates, *ratios, report.GREEN)
+        for name in {**row.errors, **row.ms}:
+            if name in row.red:
+                shown.add_row(row.name, name, *[""] * 5, f"[bold red]red: {row.errors[name]:.2g}")
+                continue
+            ratio = row.ratios.get(name)
+            ratios = [f"{value:.2f}" for value in (ratio.median, ratio.p20, ratio.p80)] if ratio else [""] * 3
+            check = report.GREEN if name in row.errors else ""
+            measured = [f"{row.ms[name].median:.3g}", f"{row.rate(name):.0f}"] if name in row.ms else [""] * 2
+            shown.add_row(row.name, name, *measured, *ratios, check)
     return shown
 
 
 def geometric_mean(rows: Sequence[Row]) -> float:
-    ratios = [row.ratio.median for row in rows if row.ratio is not None]
+    """Of torch's ratios to ours."""
+    ratios = [row.ratios[THEIRS].median for row in rows if THEIRS in row.ratios]
     return float(np.exp(np.mean(np.log(ratios)))) if ratios else float("nan")
 
 
@@ -186,6 +239,7 @@ def geometric_mean(rows: Sequence[Row]) -> float:
 @click.option("--aspect", "aspects", type=click.IntRange(min=1), multiple=True, help="Longer over shorter. [1, 2, 4]")
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Matrices. [1, 16]")
 @click.option("--method", type=click.Choice(["auto", "standard", "gram"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where.")
 @click.option("--muon/--no-muon", default=True, help="The step of GPT-2 124M's matrices, too.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=1.0, show_default=True, help="For a case's rounds.")
 @click.option("--csv", "csv_file", type=click.File("w", atomic=True), help="Write a row for each case.")
@@ -194,28 +248,41 @@ def bench_matrices(
     aspects: tuple[int, ...],
     batches: tuple[int, ...],
     method: str,
+    device: str,
     muon: bool,
     seconds: float,
     csv_file: TextIO | None,
 ) -> None:
-    """Measure Newton-Schulz iterations and Muon's step against torch's own, on the CPU.
+    """Measure Newton-Schulz iterations and Muon's step against torch's own.
 
-    Each is checked against torch's before it is timed, and both take turns in one process. GFLOP/s are counted by
-    the standard form, whatever form is taken.
+    Each is checked against torch's before it is timed, and all take turns in one process. GFLOP/s are counted by
+    the standard form, whatever form is taken; the columns behind say how many times longer than ours a rival takes.
+    On a GPU each of our backends is a contender, and events time them.
     """
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    facts = report.machine()
-    console.print(report.header(facts), highlight=False)
+    machine: Machine
+    if device == "cuda":
+        names, missing = gpu.available(backends.ON_GPU)
+        if not names:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+            raise click.ClickException(f"no measurement on a GPU here. {reasons}")
+        machine = OnGpu(gpu.Gpu(), names)
+        facts = gpu_report.machine(machine._clock)
+        console.print(gpu_report.header(facts), highlight=False)
+    else:
+        machine = Cpu()
+        facts = report.machine()
+        console.print(report.header(facts), highlight=False)
     rows = []
     for side, aspect, batch in product(sides or SIDES, aspects or ASPECTS, batches or BATCHES):
-        rows.append(measure_iteration(batch, side, side * aspect, seconds, method))
+        rows.append(measure_iteration(machine, batch, side, side * aspect, seconds, method))
     if muon:
-        rows.append(measure_muon(gpt2_matrices(), "Muon, GPT-2 124M", seconds))
-    console.print(table(rows))
-    console.print(f"geometric mean of the ratios: {geometric_mean(rows):.2f}")
+        rows.append(measure_muon(machine, gpt2_matrices(), "Muon, GPT-2 124M", seconds))
+    console.print(table(rows, machine.unit))
+    console.print(f"geometric mean of torch's ratios: {geometric_mean(rows):.2f}")
     if csv_file:
-        report.write_rows(csv_file, facts, COLUMNS, [as_row(row) for row in rows])
-    if not all(row.green for row in rows):
+        report.write_rows(csv_file, facts, COLUMNS, [r for row in rows for r in csv_rows(row, machine.unit)])
+    if any(row.red for row in rows):
         raise click.exceptions.Exit(1)

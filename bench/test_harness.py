@@ -195,27 +195,47 @@ def test_matrices_are_checked_timed_and_written(tmp_path: Path) -> None:
     size = ["--side", "24", "--aspect", "2", "--batch", "1", "--batch", "3"]
     result = CliRunner().invoke(bench_matrices, [*size, "--no-muon", "--seconds", "0", "--csv", str(path)])
     assert result.exit_code == 0, result.output
-    assert "geometric mean of the ratios" in result.output
+    assert "geometric mean of torch's ratios" in result.output
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["what"] for row in rows] == ["1x24x48", "3x24x48"]
+    what = [("1x24x48", "stepladder"), ("1x24x48", "torch"), ("3x24x48", "stepladder"), ("3x24x48", "torch")]
+    assert [(row["what"], row["contender"]) for row in rows] == what
     for row in rows:
-        assert row["check"] == "ok"
-        assert float(row["ratio_median"]) > 0
-        assert float(row["gflops"]) * float(row["ours_ms_median"]) == pytest.approx(
-            matrices.flops(24, 48, int(row["what"][0])) / 1e6, rel=1e-4
-        )
+        ours = row["contender"] == OURS
+        assert row["check"] == ("ok" if ours else "")
+        assert (row["ratio_median"] == "") == ours
+        count = matrices.flops(24, 48, int(row["what"][0]))
+        assert float(row["gflops"]) * float(row["ms_median"]) == pytest.approx(count / 1e6, rel=1e-4)
 
 
 def test_wrong_matrices_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrices, "plain", lambda x: 1.5 * sl.reference.newton_schulz(x))
+    monkeypatch.setitem(matrices.Cpu.rivals, matrices.THEIRS, lambda x: 1.5 * sl.reference.newton_schulz(x))
     result = CliRunner().invoke(bench_matrices, ["--side", "24", "--aspect", "1", "--batch", "1", "--no-muon"])
     assert result.exit_code == 1
     assert "red" in result.output
 
 
 def test_muons_step_is_checked() -> None:
-    row = matrices.measure_muon([(24, 40), (40, 24)], "two", 0.0)
-    assert row.green
-    assert row.ratio is not None
+    row = matrices.measure_muon(matrices.Cpu(), [(24, 40), (40, 24)], "two", 0.0)
+    assert row.red == []
+    assert set(row.ratios) == {matrices.THEIRS}
     assert row.flops == 2 * matrices.flops(24, 40, 1)
+
+
+def test_matrices_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU in the GPU's place: every backend of ours, torch eager and compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    clock = SimpleNamespace(device=torch.device("cpu"), alone=lambda run: (run() is None or 2.0, 0.0))
+    machine = matrices.OnGpu(clock, ("cpu", "reference"))  # type: ignore[arg-type]
+    row = matrices.measure_iteration(machine, 2, 20, 30, 0.0)
+    assert list(row.errors) == ["stepladder-cpu", "stepladder-reference"]
+    assert row.red == []
+    assert list(row.ratios) == ["stepladder-reference", "torch", "torch compiled"]
+
+
+def test_matrices_need_a_gpu_for_cuda() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    result = CliRunner().invoke(bench_matrices, ["--device", "cuda"])
+    assert result.exit_code == 1
+    assert "no measurement on a GPU here. cuda: " in result.output
