@@ -30,9 +30,9 @@ ASPECTS = (1, 2, 4)
 BATCHES = (1, 16)
 STEPS = 5
 OURS, THEIRS = "stepladder", "torch"
-# Both round operands to bf16, three times in each of five steps; on random matrices, whose singular values spread over
-# decades, the two roundings part by up to this, relative to the result.
-TOLERANCE = 0.1
+# A gate, not a bound: both round operands to bf16, and the two results part by up to 0.016 in the rows that are kept;
+# a wrong product is off by the order of 1.
+TOLERANCE = 0.05
 
 
 def plain(x: Tensor) -> Tensor:

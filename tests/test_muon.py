@@ -256,6 +256,7 @@ def test_states_of_half_precision_parameters_in_fp32():
     for x, u in zip(p, exact, strict=True):
         buffer = optimizer.state[x]["momentum_buffer"]
         assert buffer.dtype == torch.float32
+        # Four steps, each with two roundings of numbers below 2.
         torch.testing.assert_close(buffer.double(), u, rtol=0, atol=4 * 2.0**-23)
     twin = sl.Muon([copy_of(x) for x in p], state_dtype=torch.float32)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import STORED, allowed_error
 from test_muon import matrix
 from torch import Tensor
 from torch_cases import assert_unchanged, copy_of, normal, random_gradients, snapshot
@@ -29,6 +30,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# Of two orders of operations in fp64: five steps lift a rounding of 2⁻⁵³ by up to 3.4445⁵ = 485, and each of up to
+# four steps of the optimizer has some tens of them.
+WIDE = 4 * 50 * 485 * 2.0**-53
 
 
 def parameter(shape: tuple[int, ...], dtype: torch.dtype = DOUBLE, seed: int = 0) -> torch.nn.Parameter:
@@ -92,7 +98,7 @@ def test_options_are_the_references(options: dict[str, Any], shape: tuple[int, .
         optimizer.step()
         assert torch.equal(p.grad, g)
     for found, value in zip([p.detach(), *optimizer.state[p].values()], expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, value, rtol=WIDE, atol=WIDE)
 
 
 @pytest.mark.parametrize("options", OPTIONS[:6] + OPTIONS[-4:], ids=str)
@@ -126,7 +132,8 @@ def test_adamuons_first_update_is_the_sign():
     o = matrix((6, 4), 3, DOUBLE)
     update, v = adamuon_update(o, torch.zeros(6, 4, dtype=DOUBLE), 0.75)
     # O/√(O²/4) is ±2, and what has the norm 0.2√(mn) then ±0.2; ε is 1e-8.
-    torch.testing.assert_close(update, 0.2 * o.sign(), rtol=1e-5, atol=0)
+    smallest = float(o.abs().min()) / 2
+    torch.testing.assert_close(update, 0.2 * o.sign(), rtol=2 * 1e-8 / smallest, atol=0)
     torch.testing.assert_close(v, 0.25 * o.square())
     assert float(update.norm()) == pytest.approx(0.2 * math.sqrt(24))
 
@@ -185,7 +192,7 @@ def test_parameters_are_made_of_matrices(shape: Any, keys: dict[str, Any], parts
     steps(whole, [p], [[g] for g in grads])
     steps(apart, q, gradients)
     torch.testing.assert_close(
-        p.detach().reshape(-1), torch.cat([x.detach().reshape(-1) for x in q]), rtol=1e-9, atol=0
+        p.detach().reshape(-1), torch.cat([x.detach().reshape(-1) for x in q]), rtol=WIDE, atol=WIDE
     )
     assert whole.state[p]["momentum_buffer"].shape == p.shape
     # A checkpoint of it fits.
@@ -208,9 +215,10 @@ def test_parts_are_scaled_by_their_own_shapes():
     p.grad = matrix((12, 4), 1, DOUBLE)
     optimizer.step()
     moved = (w - p.detach()).split((8, 4))
+    # Eight steps end between 0.68 and 1.14, and the two exact ones take that to within 0.0006 of 1.
     for part, scale in zip(moved, (math.sqrt(2), 1.0), strict=True):
         torch.testing.assert_close(
-            torch.linalg.svdvals(part / (0.5 * scale)), torch.ones(4, dtype=DOUBLE), rtol=0, atol=0.05
+            torch.linalg.svdvals(part / (0.5 * scale)), torch.ones(4, dtype=DOUBLE), rtol=0, atol=1e-3
         )
 
 
@@ -234,7 +242,7 @@ def test_a_convolution_in_any_memory_format(gradient: str, variant: str | None):
         if x is p:
             expected = found
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(a, b, rtol=WIDE, atol=WIDE)
         assert optimizer.state[x]["momentum_buffer"].stride() == torch.empty_like(x).stride()
     assert not wide[..., 3].any()
 
@@ -249,7 +257,7 @@ def test_transposed_and_sliced_matrices():
     optimizer = sl.Muon([{"params": params, "num_heads": 2}], lr=0.1)
     steps(optimizer, params, [[g, g.t().contiguous().t(), g] for g in grads])
     for p in params[1:]:
-        torch.testing.assert_close(p.detach(), params[0].detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(p.detach(), params[0].detach(), rtol=WIDE, atol=WIDE)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 3, 4), (3, 0, 2, 2)], ids=str)
@@ -354,10 +362,6 @@ def test_an_expanded_gradient_is_unscaled():
     assert torch.equal(p.grad, torch.full((6, 4), 2.0, dtype=p.dtype))
 
 
-# What rounding operands to bf16 may move an element of an update by, as a share of the update's norm.
-FUSED = 2.0**-5
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("options", [{}, {"nesterov": False}, {"momentum_form": "sum", "maximize": True}], ids=str)
@@ -376,8 +380,13 @@ def test_the_kernels_do_what_the_parts_do(
         results.append((p, [optimizer.state[x]["momentum_buffer"] for x in p]))
     for w, a, b, u, v in zip(before, results[0][0], results[1][0], results[0][1], results[1][1], strict=True):
         assert torch.equal(u, v)
-        moved = float((b.detach().double() - w.double()).norm())
-        assert float((a - b).detach().double().norm()) < FUSED * moved
+        # What is orthogonalised is a multiple of the gradient at the first step. Both results have the error of their
+        # roundings, and both weights are stored.
+        x = u.float().flatten(1) if u.ndim > 3 else u.float()
+        allowed = allowed_error(x, method="auto") + allowed_error(x, diagonal_apart=False)
+        moved = float((b.detach().double() - (1 - 0.5 * 0.1) * w.double()).norm())
+        stored = 2 * STORED[dtype] * float(w.double().norm() + b.detach().double().norm())
+        assert float((a.detach().double() - b.detach().double()).norm()) < allowed * moved + stored
 
 
 # MuonH
@@ -398,7 +407,7 @@ def test_muonh_is_the_references(shape: tuple[int, ...], options: dict[str, Any]
         w, u = reference.muonh(w, g, u, radius, lr=0.1, **options)
         p.grad = g.clone()
         optimizer.step()
-    torch.testing.assert_close(p.detach(), w, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(p.detach(), w, rtol=WIDE, atol=WIDE)
     torch.testing.assert_close(optimizer.state[p]["radius"], radius)
     torch.testing.assert_close(torch.linalg.matrix_norm(p.detach()), radius, rtol=1e-14, atol=0)
 

@@ -540,6 +540,8 @@ void symmetric(const Work& work, const Step& step, int task, float* c) {
         for (int r = 0; r < kBlock; ++r) {
           diagonal[r] = block[r * kBlock + r];
           block[r * kBlock + r] = 0.0f;
+          // Rounded factors no longer commute: what later products read by rows and by columns must be one matrix.
+          for (int k = 0; k < r; ++k) block[r * kBlock + k] = block[k * kBlock + r];
         }
       }
       store_symmetric(work, step.to, step.needs_right, i, j, block, diagonal, 0.0f);

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepladder import ops, reference
-from stepladder.coefficients import Triple, resolve
+from stepladder.coefficients import CoefficientSet, Triple, resolve
 from stepladder.newton_schulz import (
     KERNEL_DTYPES,
     TORCH,
@@ -137,9 +137,14 @@ def muon_step(jobs: list[MuonJob], backend: str | None = None, factor: float = 1
         if job.backend == "reference":
             _step_by_reference(job, factor)
     jobs = [job for job in jobs if job.backend != "reference"]
-    if fused := [job for job in jobs if _fuses(job)]:
-        _step_fused(fused, factor)
-        jobs = [job for job in jobs if not _fuses(job)]
+    unit = matrix_unit() if any(job.backend == "cpu" for job in jobs) else TORCH
+    fused: list[MuonJob] = []
+    rest: list[MuonJob] = []
+    for job in jobs:
+        (fused if _fuses(job, unit) else rest).append(job)
+    if fused:
+        _step_fused(fused, factor, unit)
+    jobs = rest
     updates: dict[int, Tensor] = {}
     for bunch in _bunches(jobs, lambda job: (job.settings, job.arithmetic, job.param.device)):
         for job, update in zip(bunch, _momentum(bunch, factor), strict=True):
@@ -154,30 +159,32 @@ def muon_step(jobs: list[MuonJob], backend: str | None = None, factor: float = 1
         _apply(bunch, [updates[id(job)] for job in bunch])
 
 
-def _fuses(job: MuonJob) -> bool:
-    """Whether the compiled kernels take momentum, iteration, decay and update together."""
+def _fuses(job: MuonJob, unit: str) -> bool:
+    """Whether the compiled kernels take momentum, iteration, decay and update together; `unit`: of the CPU."""
     s = job.settings
     plain = s.variant is None and job.radius is None and not s.cautious_weight_decay
-    compiled = job.backend == "cuda" or (job.backend == "cpu" and matrix_unit() != TORCH)
+    compiled = job.backend == "cuda" or (job.backend == "cpu" and unit != TORCH)
     stored = all(x.dtype in KERNEL_DTYPES for x in (job.param, job.grad, job.buffer))
     return plain and compiled and stored and s.lr != 0.0
 
 
-def _step_fused(jobs: list[MuonJob], factor: float) -> None:
+def _step_fused(jobs: list[MuonJob], factor: float, unit: str) -> None:
     """The step in one call: momentum as gradients are read, decay and update as the last product is written."""
+    sets: dict[Hashable, CoefficientSet] = {}
     options: dict[Hashable, Any] = {}
     for bunch in _bunches(jobs, lambda job: (job.backend, job.param.device)):
         backend, device = bunch[0].backend, bunch[0].param.device
-        unit = matrix_unit() if backend == "cpu" else backend
         matrices: list[Matrix] = []
         grads = [job.grad.resolve_neg() for job in bunch]  # alive until the kernels have been launched
         for job, grad in zip(bunch, grads, strict=True):
             s = job.settings
-            chosen = resolve(s.ns_coefficients, s.ns_steps)
-            form = form_for(s.ns_method, job.param.shape, unit, chosen)
-            key = s.ns_coefficients, s.ns_steps, s.eps, form
+            which = s.ns_coefficients, s.ns_steps
+            if which not in sets:
+                sets[which] = resolve(*which)
+            form = form_for(s.ns_method, job.param.shape, unit if backend == "cpu" else backend, sets[which])
+            key = which, s.eps, form
             if key not in options:
-                options[key] = options_of(chosen, s.eps, form)
+                options[key] = options_of(sets[which], s.eps, form)
             averages = s.momentum_form == "ema"
             how = s.momentum, averages, s.nesterov, factor * s.sign, 1.0 - s.lr * s.weight_decay, s.lr * job.scale
             for w, g, u in zip(views_of(job.param), views_of(grad), views_of(job.buffer), strict=True):
