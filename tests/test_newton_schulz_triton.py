@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from rounding import allowed_error, relative_error
 from torch import Tensor
 from triton_interpreter import use_interpreter
 
@@ -338,7 +339,7 @@ def test_muon_and_the_function_take_these_kernels(monkeypatch):
     given = [torch.randn(s) for s in [(12, 9), (8, 30), (2, 5, 6)]]
     for x, y in zip(given, sl.ops.newton_schulz(given, backend="triton"), strict=True):
         exact = sl.reference.newton_schulz(x.double())
-        assert float((y - exact).norm() / exact.norm()) < 0.1
+        assert relative_error(y, exact) < allowed_error(x, method="auto", diagonal_apart=False)
     assert forms == ["standard", "gram"]
 
     p, q = torch.nn.Parameter(torch.randn(12, 9)), torch.nn.Parameter(torch.zeros(5))
@@ -348,6 +349,9 @@ def test_muon_and_the_function_take_these_kernels(monkeypatch):
     before = p.detach().clone()
     p.grad, q.grad = torch.randn(12, 9), torch.ones(5)
     optimizer.step()
+    # The weight is rounded once, and its move is found by another subtraction.
     exact = sl.reference.newton_schulz(p.grad.double()) * (12 / 9) ** 0.5
-    assert float(((before - p.detach()) / 0.1 - exact).norm() / exact.norm()) < 0.1
+    stored = 2 * 2.0**-24 * float(before.norm() / (0.1 * exact.norm()))
+    allowed = allowed_error(p.grad, method="auto", diagonal_apart=False)
+    assert relative_error((before - p.detach()) / 0.1, exact) < allowed + stored
     assert (q.detach() < 0).all()
