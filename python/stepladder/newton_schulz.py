@@ -111,16 +111,21 @@ def check(method: str, eps: float) -> None:
 
 def check_matrix(x: Tensor, where: str, backend: str | None) -> None:
     """Refuse what is no matrix that the backend can take."""
+    check_floating(x, where)
+    if x.ndim < 2:
+        raise ValueError(f"{where} has shape {tuple(x.shape)}, expected matrices (..., m, n)")
+    if x.dtype == torch.float64 and backend not in (None, "reference"):
+        raise TypeError(f"{where} has dtype {x.dtype}, which backend={backend!r} does not take: its products are bf16")
+
+
+def check_floating(x: Tensor, where: str) -> None:
+    """Refuse what is no strided tensor of a floating-point dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{where} is a {type(x).__name__}, expected a tensor")
     if x.layout != torch.strided:
         raise TypeError(f"{where} has layout {x.layout}, expected torch.strided")
     if x.dtype not in (*KERNEL_DTYPES, torch.float64):
         raise TypeError(f"{where} has dtype {x.dtype}, expected float32, bfloat16, float16 or float64")
-    if x.ndim < 2:
-        raise ValueError(f"{where} has shape {tuple(x.shape)}, expected matrices (..., m, n)")
-    if x.dtype == torch.float64 and backend not in (None, "reference"):
-        raise TypeError(f"{where} has dtype {x.dtype}, which backend={backend!r} does not take: its products are bf16")
 
 
 def orthogonalise(

@@ -10,10 +10,24 @@ import torch
 from torch import Tensor
 
 from stepladder import _C, backends, reference
+from stepladder.gram import update_gram_
+from stepladder.matrix_root import inverse_root
 from stepladder.newton_schulz import newton_schulz
 from stepladder.optim.engine import check_gradient, clip_factor, new_plan
+from stepladder.orthonormalize import orthonormalize
+from stepladder.reference.matrix_root import RootInfo, RootStatus
+from stepladder.reference.orthonormalize import BasisInfo
 
-__all__ = ["clip_grad_norm_", "newton_schulz"]
+__all__ = [
+    "BasisInfo",
+    "RootInfo",
+    "RootStatus",
+    "clip_grad_norm_",
+    "inverse_root",
+    "newton_schulz",
+    "orthonormalize",
+    "update_gram_",
+]
 
 
 @torch.no_grad()

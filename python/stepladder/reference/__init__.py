@@ -19,11 +19,14 @@ from stepladder.reference.adam import adam
 from stepladder.reference.adamw import adamw
 from stepladder.reference.arithmetic import round_stochastically
 from stepladder.reference.clip import clip_grad_norm_, partial_norm, total_norm, widened
+from stepladder.reference.gram import update_gram_
 from stepladder.reference.lamb import lamb
 from stepladder.reference.lars import lars
 from stepladder.reference.lion import lion
+from stepladder.reference.matrix_root import inverse_root
 from stepladder.reference.muon import adamuon, adjustment, muon, muonh, normuon, qk_clip
 from stepladder.reference.newton_schulz import newton_schulz
+from stepladder.reference.orthonormalize import orthonormalize
 from stepladder.reference.rmsprop import rmsprop
 from stepladder.reference.sgd import momentum, sgd
 from stepladder.reference.signsgd import signsgd, signum
@@ -33,14 +36,17 @@ __all__ = [
     "adamuon",
     "adjustment",
     "clip_grad_norm_",
+    "inverse_root",
     "muon",
     "muonh",
     "newton_schulz",
     "normuon",
+    "orthonormalize",
     "partial_norm",
     "qk_clip",
     "step_parameter",
     "total_norm",
+    "update_gram_",
     "widened",
 ]
 

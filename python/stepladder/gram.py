@@ -1,0 +1,108 @@
+"""Moving averages of Gram matrices over the backends."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stepladder import backends, reference
+from stepladder.newton_schulz import check_floating
+
+# Rows of a tile on a CPU: large enough that its product runs at full speed, small enough that the tiles on the
+# diagonal, half of which are computed for nothing, are few.
+TILE = 384
+
+
+@torch.no_grad()
+def update_gram_(
+    L: Tensor | Sequence[Tensor],
+    G: Tensor | Sequence[Tensor],
+    beta: float,
+    *,
+    weight: float | None = None,
+    backend: str | None = None,
+) -> None:
+    """L ← βL + weight·GGᵀ in place, for symmetric L; of the product one half is computed, and mirrored.
+
+    For the other side give `G.mT`.
+
+    Args:
+        L: Symmetric matrices [..., m, m] of fp32 or fp64, or a list of such tensors, updated together.
+        G: Matrices [..., m, n] of any floating-point dtype and strides, one for each of L.
+        beta: β, in [0, 1].
+        weight: Of the product; None means 1 - β.
+        backend: "cpu", "cuda", "triton", "reference", or None to choose by the device.
+
+    Raises:
+        TypeError: A tensor is of the wrong type.
+        ValueError: Shapes do not fit, or a number is out of range.
+        RuntimeError: The backend asked for cannot run here.
+    """
+    if not isinstance(beta, numbers.Real) or not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta={beta!r} is out of range, expected a number in [0, 1]")
+    if weight is not None and (not isinstance(weight, numbers.Real) or not math.isfinite(weight)):
+        raise ValueError(f"weight={weight!r} is out of range, expected a finite number")
+    backends.check_available(backend)
+    squares = [L] if isinstance(L, Tensor) else list(L)
+    others = [G] if isinstance(G, Tensor) else list(G)
+    if len(squares) != len(others):
+        raise ValueError(f"there are {len(squares)} matrices L and {len(others)} matrices G, expected as many")
+    for index, (square, g) in enumerate(zip(squares, others, strict=True)):
+        check_pair(square, g, index, isinstance(L, Tensor))
+    update_grams(squares, others, float(beta), 1.0 - beta if weight is None else float(weight), backend)
+
+
+def check_pair(square: Tensor, g: Tensor, index: int, single: bool) -> None:
+    """Refuse matrices that cannot be updated."""
+    names = ("L", "G") if single else (f"L[{index}]", f"G[{index}]")
+    for x, name in zip((square, g), names, strict=True):
+        check_floating(x, name)
+        if x.ndim < 2:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected matrices (..., m, n)")
+    if square.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{names[0]} has dtype {square.dtype}, expected float32 or float64")
+    expected = (*g.shape[:-1], g.shape[-2])
+    if square.shape != expected:
+        raise ValueError(
+            f"{names[0]} has shape {tuple(square.shape)}, expected {expected} for {names[1]}'s {tuple(g.shape)}"
+        )
+    if square.device != g.device:
+        raise ValueError(f"{names[0]} is on {square.device} and {names[1]} on {g.device}, expected the same")
+
+
+def update_grams(
+    squares: Sequence[Tensor], others: Sequence[Tensor], beta: float, weight: float, backend: str | None
+) -> None:
+    """Update checked matrices."""
+    for square, g in zip(squares, others, strict=True):
+        name = backends.choose(backend, square.device.type)
+        if name == "cpu":
+            update_by_tiles(square, g.to(square.dtype), beta, weight)
+        else:
+            reference.update_gram_(square, g, beta, weight)
+
+
+def update_by_tiles(square: Tensor, g: Tensor, beta: float, weight: float) -> None:
+    """The tiles on and below the diagonal by products, those above it by copies."""
+    m = square.shape[-1]
+    add = torch.addmm if square.ndim == 2 else torch.baddbmm
+    if square.ndim > 3:
+        square, g = square.flatten(0, -3), g.flatten(0, -3)
+    if m <= TILE + TILE // 2:
+        gram = g @ g.mT
+        gram = (gram + gram.mT).mul_(weight / 2)
+        square.mul_(beta).add_(gram)
+        return
+    for top in range(0, m, TILE):
+        rows = slice(top, min(top + TILE, m))
+        # All tiles of a row of them in one product, the one on the diagonal with them.
+        left = slice(0, rows.stop)
+        tile = square[..., rows, left]
+        add(tile, g[..., rows, :], g[..., left, :].mT, beta=beta, alpha=weight, out=tile)
+        own = square[..., rows, rows]
+        own.copy_((own + own.mT) / 2)
+        square[..., left.start : rows.start, rows].copy_(square[..., rows, left.start : rows.start].mT)

@@ -1,0 +1,68 @@
+"""Orthonormal bases of many matrices over the backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepladder import backends, reference
+from stepladder.matrix_root import widened
+from stepladder.newton_schulz import check_floating
+from stepladder.parallel import over_threads
+from stepladder.reference.orthonormalize import METHODS, BasisInfo
+
+
+@torch.no_grad()
+def orthonormalize(X: Tensor, method: str = "auto", *, backend: str | None = None) -> tuple[Tensor, BasisInfo]:
+    """Q with orthonormal columns, and XR⁻¹ = Q for some upper triangular R; as a QR decomposition has it.
+
+    Args:
+        X: Matrices [..., m, n] with m ≥ n, of fp32, fp64, bf16 or fp16.
+        method: "cholesky", shifted Cholesky-QR in three passes, all in fp64, whose failures are done over
+            by Householder reflections; "householder" for all; or "auto": "householder" on a CPU, where LAPACK's
+            is faster, "cholesky" on a GPU.
+        backend: "cpu", "cuda", "triton", "reference", or None to choose by the device.
+
+    Returns:
+        The bases, fp32, or fp64 where X is; those of matrices that are not finite are NaN. And for each matrix
+        whether it fell back to Householder reflections, and whether it is finite.
+
+    Raises:
+        TypeError: X is no floating-point tensor.
+        ValueError: X has fewer rows than columns, or the method is unknown.
+        RuntimeError: The backend asked for cannot run here.
+
+    Paper: Fukaya et al. 2020, Shifted Cholesky QR, SIAM J. Sci. Comput. 42(1).
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown, expected one of {', '.join(map(repr, METHODS))}")
+    backends.check_available(backend)
+    check_floating(X, "X")
+    if X.ndim < 2 or X.shape[-2] < X.shape[-1]:
+        raise ValueError(f"X has shape {tuple(X.shape)}, expected matrices (..., m, n) with m >= n")
+    return bases([widened(X)], method, backend)[0]
+
+
+def bases(stacks: list[Tensor], method: str, backend: str | None) -> list[tuple[Tensor, BasisInfo]]:
+    """The bases of checked tensors of fp32 or fp64."""
+    if not stacks:
+        return []
+    name = backends.choose(backend, stacks[0].device.type)
+    if name != "cpu":
+        return [reference.orthonormalize(x, method) for x in stacks]
+    chosen = "householder" if method == "auto" else method
+    members = [(index, one) for index, x in enumerate(stacks) for one in x.reshape(-1, 1, *x.shape[-2:])]
+    found: list[list[tuple[Tensor, BasisInfo]]] = [[] for _ in stacks]
+    costs = [one.shape[-2] * one.shape[-1] ** 2 for _, one in members]
+    results = over_threads(lambda one: reference.orthonormalize(one, chosen), [one for _, one in members], costs)
+    for (index, _), result in zip(members, results, strict=True):
+        found[index].append(result)
+    return [
+        (
+            torch.cat([q for q, _ in own]).reshape(x.shape),
+            BasisInfo(*(torch.cat(column).reshape(x.shape[:-2]) for column in zip(*(i for _, i in own), strict=True))),
+        )
+        if own
+        else reference.orthonormalize(x, chosen)
+        for x, own in zip(stacks, found, strict=True)
+    ]

@@ -1,0 +1,54 @@
+"""Independent calls of torch over the threads of a CPU."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+_lock = threading.Lock()
+# A child process has none of its parent's threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)
+
+
+def over_threads(function: Callable[[Item], Result], items: Sequence[Item], costs: Sequence[float]) -> list[Result]:
+    """function(item) for every item, as many at a time as torch has threads, each with a single one.
+
+    LAPACK uses several threads poorly, and torch takes the matrices of a batch one after another. A single item is
+    computed in the calling thread, with all threads.
+
+    Args:
+        function: Calls torch, which lets go of Python's lock.
+        items: What to call it with.
+        costs: Of each item, in any unit: dear ones are begun first.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) <= 1:
+        return [function(item) for item in items]
+    order = sorted(range(len(items)), key=lambda i: -costs[i])
+    pool = _pool(threads)
+    waiting = {i: pool.submit(_quietly, function, items[i]) for i in order}
+    return [waiting[i].result() for i in range(len(items))]
+
+
+def _quietly(function: Callable[[Item], Result], item: Item) -> Result:
+    with torch.no_grad():
+        return function(item)
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    with _lock:
+        if threads not in _pools:
+            _pools[threads] = ThreadPoolExecutor(
+                threads, "stepladder", initializer=torch.set_num_threads, initargs=(1,)
+            )
+        return _pools[threads]
