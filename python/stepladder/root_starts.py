@@ -14,7 +14,7 @@ NEAR = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """x ← x(a + bx^p + cx^(2p)) for x in [condition^(-1/p), 1]: as near a number as can be, which makes 1 the largest."""
+    """x ← x(a + bx^p + cx^(2p)) on [condition^(-1/p), 1]: as near a number as can be, which makes 1 the largest."""
 
     condition: float
     a: float
