@@ -7,6 +7,7 @@
 #include "common/error.h"
 #include "common/gpu_runtime.h"
 #include "common/math.h"
+#include "matrix_product/bindings.h"
 #include "multi_tensor/plan.h"
 #include "newton_schulz/cpu_bindings.h"
 #if defined(SL_HAS_CUDA)
@@ -146,6 +147,7 @@ PYBIND11_MODULE(SL_MODULE, m) {
 
   bind_tables(m);
   bind_newton_schulz_cpu(m);
+  bind_matrix_product(m);
 #if defined(SL_HAS_CUDA)
   bind_newton_schulz_gpu(m);
 #endif

@@ -108,3 +108,19 @@ class NewtonSchulzGpu:
     def run(self, matrices: list[_Matrix], allocate: Callable[[int], int], stream: int) -> None: ...
 
 def matrix_units() -> list[str]: ...
+
+_Strided = tuple[int, int, int]
+
+def has_matrix_product() -> bool: ...
+def multiply_matrices(
+    rows: int,
+    columns: int,
+    depth: int,
+    a: _Strided,
+    b: _Strided,
+    c: _Strided,
+    alpha: float,
+    beta: float,
+    symmetric: bool,
+    threads: int,
+) -> None: ...

@@ -11,7 +11,21 @@ import torch as _torch  # noqa: F401
 
 from stepladder import ops, reference
 from stepladder.accelerate import accelerate
-from stepladder.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, Lion, Muon, MuonH, RMSprop, SignSGD
+from stepladder.optim import (
+    LAMB,
+    LARS,
+    SGD,
+    SOAP,
+    Adagrad,
+    Adam,
+    AdamW,
+    Lion,
+    Muon,
+    MuonH,
+    RMSprop,
+    Shampoo,
+    SignSGD,
+)
 from stepladder.qk_clip import qk_clip_
 from stepladder.routing import ParamGroups, param_groups
 
@@ -21,6 +35,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "SGD",
+    "SOAP",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -29,6 +44,7 @@ __all__ = [
     "MuonH",
     "ParamGroups",
     "RMSprop",
+    "Shampoo",
     "SignSGD",
     "accelerate",
     "ops",

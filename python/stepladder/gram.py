@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepladder import backends, reference
+from stepladder import backends, products, reference
 from stepladder.newton_schulz import check_floating
 
 # Rows of a tile on a CPU: large enough that its product runs at full speed, small enough that the tiles on the
@@ -88,7 +88,10 @@ def update_grams(
 
 def update_by_tiles(square: Tensor, g: Tensor, beta: float, weight: float) -> None:
     """The tiles on and below the diagonal by products, those above it by copies."""
-    m = square.shape[-1]
+    m, n = g.shape[-2:]
+    if products.serves(square, n):
+        products.multiply(g, g.mT, square, weight, beta, symmetric=True)
+        return
     add = torch.addmm if square.ndim == 2 else torch.baddbmm
     if square.ndim > 3:
         square, g = square.flatten(0, -3), g.flatten(0, -3)

@@ -10,6 +10,22 @@ from stepladder.optim.muon import Muon
 from stepladder.optim.muonh import MuonH
 from stepladder.optim.rmsprop import RMSprop
 from stepladder.optim.sgd import SGD
+from stepladder.optim.shampoo import Shampoo
 from stepladder.optim.signsgd import SignSGD
+from stepladder.optim.soap import SOAP
 
-__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "Muon", "MuonH", "RMSprop", "SignSGD"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "SOAP",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "Muon",
+    "MuonH",
+    "RMSprop",
+    "Shampoo",
+    "SignSGD",
+]

@@ -29,7 +29,9 @@ from stepladder.reference.newton_schulz import newton_schulz
 from stepladder.reference.orthonormalize import orthonormalize
 from stepladder.reference.rmsprop import rmsprop
 from stepladder.reference.sgd import momentum, sgd
+from stepladder.reference.shampoo import shampoo
 from stepladder.reference.signsgd import signsgd, signum
+from stepladder.reference.soap import soap
 
 __all__ = [
     "RULES",
@@ -44,6 +46,8 @@ __all__ = [
     "orthonormalize",
     "partial_norm",
     "qk_clip",
+    "shampoo",
+    "soap",
     "step_parameter",
     "total_norm",
     "update_gram_",

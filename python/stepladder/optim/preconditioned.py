@@ -1,0 +1,275 @@
+"""What Shampoo and SOAP share: factors for each dimension of a parameter, flat in its state, and when they are due."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stepladder.optim import checks
+from stepladder.optim.base import Group
+from stepladder.optim.mixed import Mixed, Task
+from stepladder.optim.orthogonalized import is_count, unscaled, waves_of
+from stepladder.parallel import over_threads
+from stepladder.products import mm
+from stepladder.reference.kronecker import times
+
+
+@dataclass(frozen=True, slots=True)
+class FactorLayout:
+    """How the factors of a parameter lie in a flat state.
+
+    Attributes:
+        shape: Of the parameter as a tensor with a factor for each dimension.
+        sides: For each block, and each dimension of it, the side of its factor; None for the identity.
+        packed: Whether of symmetric factors the lower triangle alone is kept, row after row.
+    """
+
+    shape: tuple[int, ...]
+    sides: tuple[int | None, ...]
+    packed: bool
+
+    def sizes(self, packed: bool) -> list[int]:
+        """Elements of each factor in its state."""
+        return [0 if n is None else n * (n + 1) // 2 if packed else n * n for n in self.sides]
+
+    def numel(self, packed: bool) -> int:
+        return sum(self.sizes(packed))
+
+    def views(self, flat: Tensor, packed: bool = False) -> list[Tensor | None]:
+        """The factors in a state, each [n, n] or, packed, in a row."""
+        pieces = torch.split(flat, self.sizes(packed))
+        return [
+            None if n is None else piece if packed else piece.view(n, n)
+            for n, piece in zip(self.sides, pieces, strict=True)
+        ]
+
+    def load(self, flat: Tensor) -> list[Tensor | None]:
+        """Symmetric factors: views where they are kept whole, else copies."""
+        views = self.views(flat, self.packed)
+        return [None if x is None else unpacked(x) for x in views] if self.packed else views
+
+    def store(self, flat: Tensor, factors: Sequence[Tensor | None]) -> None:
+        """Write symmetric factors, but for those that are views of the state."""
+        for target, factor in zip(self.views(flat, self.packed), factors, strict=True):
+            if target is None or factor is None or target.data_ptr() == factor.data_ptr():
+                continue
+            if self.packed:
+                pack_into(target, factor)
+            else:
+                target.copy_(factor)
+
+    @property
+    def cost(self) -> float:
+        """Of working on all factors, in arbitrary units."""
+        return float(sum(n**3 for n in self.sides if n is not None))
+
+
+@functools.lru_cache(maxsize=64)
+def lower(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the elements of the lower triangle lie in a matrix of n·n elements, and where in its transpose."""
+    rows, columns = torch.tril_indices(n, n, device=device)
+    return rows * n + columns, columns * n + rows
+
+
+def unpacked(x: Tensor) -> Tensor:
+    """A symmetric matrix [n, n] from its lower triangle in a row."""
+    n = int((2 * x.numel()) ** 0.5)
+    own, mirrored = lower(n, x.device)
+    matrix = x.new_empty(n * n)
+    matrix[own] = x
+    matrix[mirrored] = x
+    return matrix.view(n, n)
+
+
+def pack_into(target: Tensor, matrix: Tensor) -> None:
+    """The lower triangle of a matrix, in a row."""
+    torch.index_select(matrix.reshape(-1), 0, lower(matrix.shape[-1], matrix.device)[0], out=target)
+
+
+def phases(costs: Sequence[float], frequency: int) -> list[int]:
+    """A step in [0, frequency) for each piece of work, so that every step has about the same of it."""
+    total = sum(costs)
+    if total == 0.0:
+        return [0] * len(costs)
+    # The middle of each piece on a line of all of them.
+    ends = accumulate(costs)
+    return [
+        min(frequency - 1, int((end - cost / 2) / total * frequency)) for end, cost in zip(ends, costs, strict=True)
+    ]
+
+
+def in_place(state: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A state in its shape and in the dtype of the arithmetic: a view where that is possible, else a copy."""
+    return state.to(dtype).reshape(tuple(shape))
+
+
+def stored(state: Tensor, value: Tensor) -> None:
+    """Write a value back to the state that it is a copy of."""
+    if value.data_ptr() != state.data_ptr():
+        state.copy_(value.reshape(state.shape))
+
+
+@dataclass(slots=True)
+class Job:
+    """A parameter to be stepped.
+
+    Attributes:
+        param: Of any dtype and strides.
+        grad: As it is to be used, in the dtype of the arithmetic and the layout's shape.
+        state: The parameter's.
+        group: The parameter's.
+        layout: Of its factors.
+        phase: Of what is refreshed of it.
+        backend: Which steps it.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    group: Group
+    layout: FactorLayout
+    phase: list[int]
+    backend: str
+
+    @property
+    def cost(self) -> float:
+        return self.layout.cost + sum(n or 0 for n in self.layout.sides) * self.param.numel()
+
+
+class Preconditioned(Mixed):
+    """An optimizer that preconditions a parameter along each of its dimensions."""
+
+    timed = True
+    # Keys of a group, with their defaults.
+    keys: ClassVar[frozenset[str]]
+    late_keys = frozenset({"maximize"})
+
+    @classmethod
+    def hyper_keys(cls) -> set[str]:
+        return {*cls.keys, *cls.late_keys}
+
+    @classmethod
+    @abstractmethod
+    def layout(cls, param: Tensor, group: Group) -> FactorLayout:
+        """How the factors of a parameter lie in its states."""
+
+    @classmethod
+    @abstractmethod
+    def flat_states(cls) -> dict[str, bool]:
+        """The states that hold factors, and whether they are symmetric."""
+
+    @classmethod
+    @abstractmethod
+    def step_jobs(cls, jobs: list[Job], backend: str | None) -> None:
+        """Step parameters that share no memory, all together."""
+
+    @classmethod
+    def check_common(cls, group: Group) -> None:
+        """Refuse values of the keys that both have."""
+        checks.learning_rate(group)
+        checks.weight_decay(group)
+        count(group, "precondition_frequency")
+        for name in ("stagger", "packed", "bias_correction", "precondition_1d", "merge_dims"):
+            if not isinstance(group[name], bool):
+                raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+        for option in ("stochastic_rounding", "capturable"):
+            if group.get(option):
+                raise ValueError(f"{option}=True is not supported by {cls.__name__}, expected False")
+
+    @classmethod
+    def check_shape(cls, param: Tensor, group: Group, where: str) -> None:
+        pass
+
+    @classmethod
+    def state_shape(cls, name: str, param: Tensor, group: Group) -> torch.Size:
+        if name not in cls.flat_states():
+            return param.shape
+        layout = cls.layout(param, group)
+        return torch.Size([layout.numel(layout.packed and cls.flat_states()[name])])
+
+    @classmethod
+    def state_dtype(cls, name: str, param: Tensor, group: Group) -> torch.dtype:
+        if name in cls.flat_states():
+            return arithmetic(param)
+        return super().state_dtype(name, param, group)
+
+    @classmethod
+    @abstractmethod
+    def pieces(cls, layout: FactorLayout) -> list[float]:
+        """What is refreshed at a time, by its cost."""
+
+    @classmethod
+    def spread(cls, group: Group) -> dict[Tensor, list[int]]:
+        """The phases of what is refreshed of each parameter of a group, whether it has a gradient or not."""
+        pieces = [cls.pieces(cls.layout(param, group)) for param in group["params"]]
+        flat = [cost for own in pieces for cost in own]
+        found = phases(flat, int(group["precondition_frequency"])) if group["stagger"] else [0] * len(flat)
+        ends = list(accumulate(map(len, pieces)))
+        return {p: found[e - len(own) : e] for p, own, e in zip(group["params"], pieces, ends, strict=True)}
+
+    @classmethod
+    def step_matrices(
+        cls,
+        tasks: list[Task],
+        states: dict[Tensor, Any],
+        backend: str | None,
+        inverse_scale: float | None,
+        factor: float,
+    ) -> None:
+        spread: dict[int, dict[Tensor, list[int]]] = {}
+        found: list[Job] = []
+        for param, group, chosen in tasks:
+            if id(group) not in spread:
+                spread[id(group)] = cls.spread(group)
+            grad = param.grad if inverse_scale is None else unscaled(param, inverse_scale)
+            assert grad is not None
+            if param.numel() == 0:
+                continue
+            layout = cls.layout(param, group)
+            grad = grad.to(arithmetic(param)).reshape(layout.shape)
+            if factor != 1.0 or group.get("maximize"):
+                grad = grad * (-factor if group.get("maximize") else factor)
+            found.append(Job(param, grad, states[param], group, layout, spread[id(group)][param], chosen))
+        for wave in waves_of([job.param for job in found]):
+            cls.step_jobs([found[i] for i in wave], backend)
+        if found:
+            torch._C._increment_version([job.param for job in found])
+
+
+def arithmetic(param: Tensor) -> torch.dtype:
+    """What is computed in; half types are storage alone."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def along(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    """x·M along dimension `dim`: Σᵢ x[…i…]·M[i, j]."""
+    if x.ndim == 2:
+        return mm(matrix.mT, x) if dim == 0 else mm(x, matrix)
+    return times(x, matrix, dim)
+
+
+def each(function: Callable[[Job], None], jobs: Sequence[Job]) -> None:
+    """Step jobs, those on a CPU over its threads."""
+    on_cpu = [job for job in jobs if job.param.device.type == "cpu"]
+    over_threads(function, on_cpu, [job.cost for job in on_cpu])
+    for job in jobs:
+        if job.param.device.type != "cpu":
+            function(job)
+
+
+def number(group: Group, name: str) -> float:
+    """A checked hyper-parameter."""
+    return checks.number(group, name)
+
+
+def count(group: Group, name: str) -> None:
+    """Refuse a hyper-parameter that is no integer of at least 1."""
+    if not is_count(group[name]):
+        raise ValueError(f"{name}={group[name]!r} is out of range, expected an integer of at least 1")

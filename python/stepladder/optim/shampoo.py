@@ -1,0 +1,401 @@
+"""Shampoo: gradients preconditioned by inverse roots of moving averages of their Gram matrices."""
+
+from __future__ import annotations
+
+import functools
+from itertools import chain, product
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from stepladder.gram import update_grams
+from stepladder.matrix_root import roots
+from stepladder.optim import checks
+from stepladder.optim.base import Group, Optimizer, Options, Params
+from stepladder.optim.orthogonalized import choice
+from stepladder.optim.preconditioned import (
+    FactorLayout,
+    Job,
+    Preconditioned,
+    along,
+    count,
+    each,
+    in_place,
+    number,
+    stored,
+)
+from stepladder.reference.arithmetic import power
+from stepladder.reference.kronecker import as_rows, blocks, even_parts, merged_shape, refresh_due
+from stepladder.reference.matrix_root import EXPONENTS, METHODS, RootStatus
+from stepladder.reference.shampoo import GRAFTING_FLOOR, GRAFTINGS, shampoo
+
+WITH_SECOND_MOMENT = ("adagrad", "rmsprop", "adam")
+
+
+class Shampoo(Preconditioned):
+    r"""Shampoo, with blocks, grafting and decoupled weight decay.
+
+    For each block of a parameter, and each dimension of it: L ← β₂L + (1 − β₂)GGᵀ. With m the moving average of the
+    gradients, Ĝ = m/(1 − β₁ᵗ), U = Ĝ × (L/(1 − β₂ᵗ) + δI)^(−1/p) along every dimension, where p is twice the number
+    of dimensions and δ = eps + relative_eps·λmax; w ← (1 − ηλ)w − η·U·‖P‖F/‖U‖F, where P is the step that the grafted
+    method would take with Ĝ.
+
+    Roots are computed every `precondition_frequency` steps, those of all blocks of all parameters together
+    (`stepladder.ops.inverse_root`). A root that cannot be computed leaves the previous one in place, and is counted
+    in the state's `failed_roots`. Other groups step by their `algorithm`, as in `stepladder.Muon`;
+    `algorithm="shampoo"` is the default.
+
+    The state has `exp_avg` (m), `exp_avg_sq` (the grafted method's second moment), and flat in fp32, or fp64 for
+    fp64 parameters, `factors` and `roots`: for each block, and each of its dimensions, an n×n matrix.
+
+    Args:
+        params: Parameters, named parameters, or groups of them; real.
+        lr: η. At 0 the weights stay as they are, bit for bit.
+        betas: β₁, of the average that is preconditioned, and β₂, of the factors, which are sums where it is 1.
+        eps: Absolute damping of the factors.
+        weight_decay: λ, decoupled.
+        relative_eps: Damping relative to each factor's largest eigenvalue.
+        max_preconditioner_dim: The longest side of a block; longer dimensions are cut into even parts.
+        merge_dims: Take neighbouring dimensions together while their product is at most `max_preconditioner_dim`.
+        precondition_frequency: f, steps between two computations of a root.
+        start_preconditioning_step: The first step that is preconditioned; before it the grafted method steps alone.
+            None means f.
+        exponent_override: p in place of twice the number of dimensions: 1, 2 or 4.
+        precondition_1d: Whether parameters of one dimension have a factor, and p = 2; else the grafted method steps
+            them.
+        grafting: "adam", "rmsprop", "adagrad", "sgd", or "none", which leaves U's norm as it is, and takes Ĝ as a
+            step before roots are used.
+        grafting_beta2: Decay of the grafted method's second moment.
+        grafting_eps: Added to its root.
+        bias_correction: Divide averages by 1 − βᵗ.
+        stagger: Spread the computation of the roots over the f steps, so that no step is a spike.
+        packed: Keep of factors and roots one triangle alone: about half of their memory.
+        root_method: As `stepladder.ops.inverse_root` takes it. With p other than 1, 2 and 4 always "eigh".
+        maximize: Ascend instead.
+        options: As every optimizer takes them, but for `stochastic_rounding` and `capturable`.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        TypeError: A hyper-parameter has the wrong type.
+        RuntimeError: The backend asked for cannot run here.
+
+    Papers: Gupta et al. 2018, arXiv:1802.09568; Anil et al. 2020, arXiv:2002.09018; Shi et al. 2023, arXiv:2309.06497.
+    """
+
+    algorithm = "shampoo"
+    keys = frozenset(
+        {
+            "lr",
+            "betas",
+            "eps",
+            "weight_decay",
+            "relative_eps",
+            "max_preconditioner_dim",
+            "merge_dims",
+            "precondition_frequency",
+            "start_preconditioning_step",
+            "exponent_override",
+            "precondition_1d",
+            "grafting",
+            "grafting_beta2",
+            "grafting_eps",
+            "bias_correction",
+            "stagger",
+            "packed",
+            "root_method",
+        }
+    )
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
+        *,
+        relative_eps: float = 1e-6,
+        max_preconditioner_dim: int = 1024,
+        merge_dims: bool = True,
+        precondition_frequency: int = 10,
+        start_preconditioning_step: int | None = None,
+        exponent_override: int | None = None,
+        precondition_1d: bool = True,
+        grafting: str = "adam",
+        grafting_beta2: float = 0.999,
+        grafting_eps: float = 1e-8,
+        bias_correction: bool = True,
+        stagger: bool = False,
+        packed: bool = False,
+        root_method: str = "auto",
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "relative_eps": relative_eps,
+            "max_preconditioner_dim": max_preconditioner_dim,
+            "merge_dims": merge_dims,
+            "precondition_frequency": precondition_frequency,
+            "start_preconditioning_step": start_preconditioning_step,
+            "exponent_override": exponent_override,
+            "precondition_1d": precondition_1d,
+            "grafting": grafting,
+            "grafting_beta2": grafting_beta2,
+            "grafting_eps": grafting_eps,
+            "bias_correction": bias_correction,
+            "stagger": stagger,
+            "packed": packed,
+            "root_method": root_method,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, **options)
+
+    @classmethod
+    def check(cls, group: Group) -> None:
+        cls.check_common(group)
+        betas = group["betas"]
+        # β₂ = 1 sums.
+        summed = isinstance(betas, (tuple, list)) and len(betas) == 2 and betas[1] == 1.0
+        checks.betas({"betas": (betas[0], 0.0)} if summed else group)
+        checks.epsilon(group)
+        checks.at_least_zero(group, "relative_eps", "relative epsilon")
+        checks.at_least_zero(group, "grafting_eps", "grafting epsilon")
+        checks.at_least_zero(group, "grafting_beta2", "grafting beta2", below=1.0)
+        choice(group, "grafting", GRAFTINGS)
+        choice(group, "root_method", METHODS)
+        choice(group, "exponent_override", (None, *EXPONENTS))
+        count(group, "max_preconditioner_dim")
+        if group["start_preconditioning_step"] is not None:
+            count(group, "start_preconditioning_step")
+
+    @classmethod
+    def states(cls, group: Group) -> tuple[str, ...]:
+        betas = group["betas"]
+        return (
+            *(("exp_avg",) if float(betas[0]) != 0.0 else ()),
+            *(("exp_avg_sq",) if group["grafting"] in WITH_SECOND_MOMENT else ()),
+            "factors",
+            "roots",
+            "failed_roots",
+        )
+
+    @classmethod
+    def all_states(cls) -> set[str]:
+        return {"exp_avg", "exp_avg_sq", "factors", "roots", "failed_roots"}
+
+    @classmethod
+    def flat_states(cls) -> dict[str, bool]:
+        return {"factors": True, "roots": True}
+
+    @classmethod
+    def state_shape(cls, name: str, param: Tensor, group: Group) -> torch.Size:
+        return torch.Size() if name == "failed_roots" else super().state_shape(name, param, group)
+
+    @classmethod
+    def state_dtype(cls, name: str, param: Tensor, group: Group) -> torch.dtype:
+        return torch.float32 if name == "failed_roots" else super().state_dtype(name, param, group)
+
+    @staticmethod
+    def initial_state(name: str, param: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+        shape = Shampoo.state_shape(name, param, group)
+        if shape == param.shape and name not in ("factors", "roots"):
+            return Optimizer.initial_state(name, param, group, dtype)
+        state = torch.zeros(shape, dtype=dtype, device=param.device)
+        if name == "roots":
+            layout = Shampoo.layout(param, group)
+            layout.store(state, [torch.eye(n or 0, dtype=dtype, device=param.device) for n in layout.sides])
+        return state
+
+    @classmethod
+    def layout(cls, param: Tensor, group: Group) -> FactorLayout:
+        limit = int(group["max_preconditioner_dim"])
+        return _layout(tuple(param.shape), limit, group["merge_dims"], group["precondition_1d"], group["packed"])
+
+    @classmethod
+    def pieces(cls, layout: FactorLayout) -> list[float]:
+        return [float(n or 0) ** 3 for n in layout.sides]
+
+    @classmethod
+    def step_jobs(cls, jobs: list[Job], backend: str | None) -> None:
+        works = [Work(job) for job in jobs]
+        for work in works:
+            if work.job.backend == "reference":
+                work.step_by_reference()
+        works = [work for work in works if work.job.backend != "reference"]
+        by_job = {id(work.job): work for work in works}
+        for work in works:
+            work.update_factors(backend)
+        each(lambda job: by_job[id(job)].average(), [work.job for work in works])
+        refresh_roots(works, backend)
+        each(lambda job: by_job[id(job)].apply(), [work.job for work in works])
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(shape: tuple[int, ...], limit: int, merge: bool, one_dimensional: bool, packed: bool) -> FactorLayout:
+    merged = merged_shape(shape, limit if merge else 0)
+    if len(merged) == 1 and not one_dimensional:
+        return FactorLayout(merged, (), packed)
+    parts = [even_parts(size, limit) for size in merged]
+    return FactorLayout(merged, tuple(chain.from_iterable(product(*parts))), packed)
+
+
+class Work:
+    """The step of one parameter."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        group, state = job.group, job.state
+        state["step"] += 1
+        self.time = int(state["step"])
+        self.betas = tuple(number({"beta": beta}, "beta") for beta in group["betas"])
+        self.start = group["start_preconditioning_step"] or group["precondition_frequency"]
+        frequency = group["precondition_frequency"]
+        self.refresh = [refresh_due(self.time, self.start, frequency, phase) for phase in job.phase]
+        self.exponent = float(group["exponent_override"] or 2 * len(job.layout.shape))
+        self.limit = int(group["max_preconditioner_dim"])
+        self.correction = 1.0
+        if group["bias_correction"] and self.betas[1] < 1.0:
+            self.correction = 1.0 - power(self.betas[1], self.time)
+        self.factors: list[Tensor] = [x for x in job.layout.load(state["factors"]) if x is not None]
+        self.smoothed = job.grad
+        self.step = job.grad
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.job.layout.shape
+
+    def update_factors(self, backend: str | None) -> None:
+        """L ← β₂L + (1 - β₂)GGᵀ for each block and dimension."""
+        beta = self.betas[1]
+        parts = blocks(self.job.grad, self.limit) if self.factors else []
+        rows = [as_rows(part, dim) for part in parts for dim in range(part.ndim)]
+        update_grams(self.factors, rows, beta, 1.0 - beta if beta < 1.0 else 1.0, backend)
+        self.job.layout.store(self.job.state["factors"], self.factors)
+
+    def average(self) -> None:
+        """Momentum, and the grafted method's step."""
+        group, state, grad = self.job.group, self.job.state, self.job.grad
+        if "exp_avg" in self.states:
+            m = in_place(state["exp_avg"], self.shape, grad.dtype)
+            m.lerp_(grad, 1.0 - self.betas[0])
+            stored(state["exp_avg"], m)
+            correction = 1.0 - power(self.betas[0], self.time) if group["bias_correction"] else 1.0
+            self.smoothed = m / correction
+        self.step = self.smoothed
+        if "exp_avg_sq" not in self.states:
+            return
+        v = in_place(state["exp_avg_sq"], self.shape, grad.dtype)
+        beta = number(group, "grafting_beta2")
+        if group["grafting"] == "adagrad":
+            v.addcmul_(grad, grad)
+        else:
+            v.mul_(beta).addcmul_(grad, grad, value=1.0 - beta)
+        stored(state["exp_avg_sq"], v)
+        adam = group["grafting"] == "adam" and group["bias_correction"]
+        root = (v / (1.0 - power(beta, self.time)) if adam else v).sqrt()
+        self.step = self.smoothed / root.add_(number(group, "grafting_eps"))
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return Shampoo.states(self.job.group)
+
+    def apply(self) -> None:
+        """Precondition, graft, decay and move the weights."""
+        job = self.job
+        lr = number(job.group, "lr")
+        if lr == 0.0:
+            return
+        update = self.preconditioned() if self.time >= self.start and self.factors else self.step
+        w = job.param.detach()
+        decay = 1.0 - lr * number(job.group, "weight_decay")
+        if w.dtype == update.dtype:
+            w.mul_(decay).add_(update.reshape(w.shape), alpha=-lr)
+        else:
+            w.copy_(w.to(update.dtype).mul_(decay).add_(update.reshape(w.shape), alpha=-lr))
+
+    def preconditioned(self) -> Tensor:
+        layout, state = self.job.layout, self.job.state
+        found = layout.load(state["roots"])
+        update = torch.empty_like(self.smoothed)
+        graft = self.job.group["grafting"] != "none"
+        targets, sources, plain = (blocks(x, self.limit) for x in (update, self.smoothed, self.step))
+        order = len(self.shape)
+        for index, (target, u) in enumerate(zip(targets, sources, strict=True)):
+            for dim in range(order):
+                root = found[index * order + dim]
+                assert root is not None
+                u = along(u, root, dim)
+            if graft:
+                u = u.mul_(torch.linalg.vector_norm(plain[index]) / (torch.linalg.vector_norm(u) + GRAFTING_FLOOR))
+            target.copy_(u)
+        return update
+
+    def step_by_reference(self) -> None:
+        job, group, state = self.job, self.job.group, self.job.state
+        shape = job.param.shape
+
+        def widened(name: str) -> Tensor | None:
+            return state[name].to(job.grad.dtype) if name in self.states else None
+
+        w, m, v, factors, found, failures = shampoo(
+            job.param.detach().to(job.grad.dtype),
+            job.grad.reshape(shape),
+            widened("exp_avg"),
+            widened("exp_avg_sq"),
+            self.factors,
+            [x for x in job.layout.load(state["roots"]) if x is not None],
+            shape=self.shape,
+            lr=number(group, "lr"),
+            betas=(self.betas[0], self.betas[1]),
+            eps=number(group, "eps"),
+            relative_eps=number(group, "relative_eps"),
+            weight_decay=number(group, "weight_decay"),
+            max_preconditioner_dim=self.limit,
+            exponent=self.exponent,
+            grafting=group["grafting"],
+            grafting_beta2=number(group, "grafting_beta2"),
+            grafting_eps=number(group, "grafting_eps"),
+            bias_correction=group["bias_correction"],
+            preconditioned=self.time >= self.start,
+            refresh=self.refresh,
+            time=self.time,
+        )
+        job.param.detach().copy_(w)
+        for name, value in (("exp_avg", m), ("exp_avg_sq", v)):
+            if value is not None:
+                state[name].copy_(value)
+        for name, values in (("factors", factors), ("roots", found)):
+            job.layout.store(state[name], values)
+        state["failed_roots"] += failures
+
+
+def refresh_roots(works: list[Work], backend: str | None) -> None:
+    """Compute the roots that are due, of all parameters that share their settings together."""
+    settings: dict[Any, list[tuple[Work, int]]] = {}
+    for work in works:
+        group = work.job.group
+        key = work.exponent, number(group, "eps"), number(group, "relative_eps"), group["root_method"]
+        settings.setdefault(key, []).extend((work, k) for k, due in enumerate(work.refresh) if due)
+    for (exponent, eps, relative_eps, method), members in settings.items():
+        if exponent not in EXPONENTS:
+            method = "eigh"
+        corrected = [(work.factors[k] / work.correction)[None] for work, k in members]
+        results = roots(corrected, exponent, eps, relative_eps, method, backend)
+        touched: dict[int, tuple[Work, list[Tensor]]] = {}
+        for (work, k), (root, info) in zip(members, results, strict=True):
+            state = work.job.state
+            if id(work) not in touched:
+                touched[id(work)] = work, [x for x in work.job.layout.load(state["roots"]) if x is not None]
+            target = touched[id(work)][1][k]
+            good = (info.status[0] == RootStatus.CONVERGED) | (info.status[0] == RootStatus.STALLED)
+            # No branch on the device's numbers: nothing is to wait for them.
+            target.copy_(torch.where(good, root[0], target))
+            state["failed_roots"] += (~good).float()
+        for work, values in touched.values():
+            work.job.layout.store(work.job.state["roots"], values)

@@ -1,0 +1,386 @@
+"""SOAP: Adam in the eigenbases of Shampoo's factors."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from stepladder.gram import update_grams
+from stepladder.optim import checks
+from stepladder.optim.base import Group, Optimizer, Options, Params
+from stepladder.optim.orthogonalized import choice
+from stepladder.optim.preconditioned import (
+    FactorLayout,
+    Job,
+    Preconditioned,
+    along,
+    count,
+    each,
+    in_place,
+    number,
+    stored,
+)
+from stepladder.orthonormalize import fresh_basis
+from stepladder.products import mm
+from stepladder.reference.arithmetic import power
+from stepladder.reference.kronecker import as_rows, merged_shape, refresh_due
+from stepladder.reference.soap import damped_inverse, off_diagonal, soap
+
+VARIANTS = (None, "kl")
+
+
+class SOAP(Preconditioned):
+    r"""SOAP, Shampoo with Adam in the preconditioner's eigenbasis.
+
+    For a matrix, with L and R moving averages of GGᵀ and GᵀG, and QL and QR their eigenvectors: G' = QLᵀGQR;
+    m ← β₁m + (1 − β₁)G'; v ← β₂v + (1 − β₂)G'²; w ← (1 − ηλ)(w − η·√(1 − β₂ᵗ)/(1 − β₁ᵗ)·QL(m/(√v + ε))QRᵀ). The
+    first step with a gradient other than zero makes the bases and moves nothing. Every `precondition_frequency` steps
+    one step of the power method and a QR decomposition refresh them: columns are ordered by descending diag(QᵀLQ), v
+    with them, Q ← qr(LQ). Tensors of more dimensions have a basis for each; scalars and vectors are stepped by Adam,
+    unless `precondition_1d` is set.
+
+    Where the paper keeps m in the space of the weights and projects it at each step, it is kept in the eigenbases
+    here, and taken along when they are refreshed: the same numbers but for rounding, with a third less products.
+
+    Other groups step by their `algorithm`, as in `stepladder.Muon`; `algorithm="soap"` is the default.
+
+    The state has `exp_avg` (m) and `exp_avg_sq` (v), both in the eigenbases, and flat in fp32, or fp64 for fp64
+    parameters, `factors` and `bases`: for each dimension an n×n matrix; KL-SOAP also `eigenvalues`.
+
+    Args:
+        params: Parameters, named parameters, or groups of them; real.
+        lr: η. At 0 the weights stay as they are, bit for bit.
+        betas: β₁, β₂.
+        shampoo_beta: Of the averages L and R; None means β₂.
+        eps: ε.
+        weight_decay: λ, decoupled.
+        precondition_frequency: f, steps between two refreshes.
+        max_preconditioner_dim: Longer dimensions keep the identity.
+        merge_dims: Take neighbouring dimensions together while their product is at most `max_preconditioner_dim`.
+        precondition_1d: Whether vectors have a basis too.
+        bias_correction: Multiply the step by √(1 − β₂ᵗ)/(1 − β₁ᵗ).
+        refresh_tolerance: A basis is left as it is at a refresh while ‖B − diag B‖F ≤ tolerance·‖B‖F, B = QᵀLQ.
+        variant: "kl" for KL-SOAP: L ← βL + (1 − β)/n·G·QRΛR⁻¹QRᵀ·Gᵀ, and R likewise, with Λ the diagonal of QᵀRQ.
+        stagger: Spread the refreshes over the f steps, so that no step is a spike.
+        packed: Keep of the symmetric factors one triangle alone: about half of their memory.
+        maximize: Ascend instead.
+        options: As every optimizer takes them, but for `stochastic_rounding` and `capturable`.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range.
+        TypeError: A hyper-parameter has the wrong type.
+        RuntimeError: The backend asked for cannot run here.
+
+    Papers: Vyas et al. 2024, arXiv:2409.11321; criterion: 2506.03595; KL-SOAP: Lin et al. 2025, arXiv:2509.03378.
+    """
+
+    algorithm = "soap"
+    keys = frozenset(
+        {
+            "lr",
+            "betas",
+            "shampoo_beta",
+            "eps",
+            "weight_decay",
+            "precondition_frequency",
+            "max_preconditioner_dim",
+            "merge_dims",
+            "precondition_1d",
+            "bias_correction",
+            "refresh_tolerance",
+            "variant",
+            "stagger",
+            "packed",
+        }
+    )
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_preconditioner_dim: int = 10000,
+        merge_dims: bool = False,
+        precondition_1d: bool = False,
+        *,
+        bias_correction: bool = True,
+        refresh_tolerance: float = 0.0,
+        variant: str | None = None,
+        stagger: bool = False,
+        packed: bool = False,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency,
+            "max_preconditioner_dim": max_preconditioner_dim,
+            "merge_dims": merge_dims,
+            "precondition_1d": precondition_1d,
+            "bias_correction": bias_correction,
+            "refresh_tolerance": refresh_tolerance,
+            "variant": variant,
+            "stagger": stagger,
+            "packed": packed,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, **options)
+
+    @classmethod
+    def check(cls, group: Group) -> None:
+        cls.check_common(group)
+        checks.betas(group)
+        checks.epsilon(group)
+        if group["shampoo_beta"] is not None:
+            checks.at_least_zero(group, "shampoo_beta", "shampoo_beta value", below=1.0)
+        checks.at_least_zero(group, "refresh_tolerance", "refresh tolerance")
+        choice(group, "variant", VARIANTS)
+        count(group, "max_preconditioner_dim")
+
+    @classmethod
+    def states(cls, group: Group) -> tuple[str, ...]:
+        own = ("exp_avg", "exp_avg_sq", "factors", "bases", "failed_bases")
+        return own if group["variant"] is None else (*own, "eigenvalues")
+
+    @classmethod
+    def all_states(cls) -> set[str]:
+        return {"exp_avg", "exp_avg_sq", "factors", "bases", "failed_bases", "eigenvalues"}
+
+    @classmethod
+    def flat_states(cls) -> dict[str, bool]:
+        return {"factors": True, "bases": False}
+
+    @classmethod
+    def state_shape(cls, name: str, param: Tensor, group: Group) -> torch.Size:
+        if name == "failed_bases":
+            return torch.Size()
+        if name == "eigenvalues":
+            return torch.Size([sum(n or 0 for n in cls.layout(param, group).sides)])
+        return super().state_shape(name, param, group)
+
+    @classmethod
+    def state_dtype(cls, name: str, param: Tensor, group: Group) -> torch.dtype:
+        if name == "failed_bases":
+            return torch.float32
+        return super().state_dtype("factors" if name == "eigenvalues" else name, param, group)
+
+    @staticmethod
+    def initial_state(name: str, param: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+        if name in ("exp_avg", "exp_avg_sq"):
+            return Optimizer.initial_state(name, param, group, dtype)
+        return torch.zeros(SOAP.state_shape(name, param, group), dtype=dtype, device=param.device)
+
+    @classmethod
+    def layout(cls, param: Tensor, group: Group) -> FactorLayout:
+        limit = int(group["max_preconditioner_dim"])
+        return _layout(tuple(param.shape), limit, group["merge_dims"], group["precondition_1d"], group["packed"])
+
+    @classmethod
+    def pieces(cls, layout: FactorLayout) -> list[float]:
+        return [layout.cost]
+
+    @classmethod
+    def step_jobs(cls, jobs: list[Job], backend: str | None) -> None:
+        each(lambda job: Work(job, backend).run(), jobs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(shape: tuple[int, ...], limit: int, merge: bool, one_dimensional: bool, packed: bool) -> FactorLayout:
+    merged = merged_shape(shape, limit) if merge else shape or (1,)
+    if len(merged) == 1 and not one_dimensional:
+        return FactorLayout(merged, (None,), packed)
+    return FactorLayout(merged, tuple(n if n <= limit else None for n in merged), packed)
+
+
+class Work:
+    """The step of one parameter."""
+
+    def __init__(self, job: Job, backend: str | None) -> None:
+        self.job = job
+        self.backend = backend
+        group, state = job.group, job.state
+        self.time = int(state["step"])
+        self.betas = tuple(number({"beta": beta}, "beta") for beta in group["betas"])
+        self.shampoo_beta = self.betas[1] if group["shampoo_beta"] is None else number(group, "shampoo_beta")
+        frequency = int(group["precondition_frequency"])
+        self.refresh = self.time > 0 and refresh_due(self.time, frequency, frequency, job.phase[0])
+        self.kl = group["variant"] == "kl"
+        self.factors = job.layout.load(state["factors"])
+        self.bases = job.layout.views(state["bases"])
+        self.eigenvalues: list[Tensor | None] = [None] * len(self.bases)
+        if self.kl:
+            pieces = torch.split(state["eigenvalues"], [n or 0 for n in job.layout.sides])
+            self.eigenvalues = [None if n is None else x for n, x in zip(job.layout.sides, pieces, strict=True)]
+
+    def run(self) -> None:
+        job, state = self.job, self.job.state
+        if self.time == 0 and not bool(job.grad.any()):
+            # A gradient of zeros has no eigenvectors, and is what initialises states before a checkpoint is loaded.
+            return
+        state["step"] += 1
+        if job.backend == "reference" or self.time == 0:
+            self.by_reference()
+            return
+        self.move()
+        self.update_factors()
+        job.layout.store(state["factors"], self.factors)
+        if self.refresh:
+            self.refresh_bases()
+
+    def move(self) -> None:
+        """Adam in the eigenbases."""
+        job, state, g = self.job, self.job.state, self.job.grad
+        projected = project(g, self.bases, transposed=True)
+        m = in_place(state["exp_avg"], g.shape, g.dtype)
+        v = in_place(state["exp_avg_sq"], g.shape, g.dtype)
+        m.lerp_(projected, 1.0 - self.betas[0])
+        if self.kl:
+            self.update_eigenvalues(projected)
+        v.mul_(self.betas[1]).addcmul_(projected, projected, value=1.0 - self.betas[1])
+        stored(state["exp_avg"], m)
+        stored(state["exp_avg_sq"], v)
+        lr = number(job.group, "lr")
+        if lr == 0.0:
+            return
+        size = lr
+        if job.group["bias_correction"]:
+            size *= math.sqrt(1.0 - power(self.betas[1], self.time)) / (1.0 - power(self.betas[0], self.time))
+        # Without bases the projected gradient is the gradient itself.
+        update = torch.sqrt(v) if projected is g else torch.sqrt(v, out=projected)
+        torch.div(m, update.add_(number(job.group, "eps")), out=update)
+        update = project(update, self.bases, transposed=False)
+        w = job.param.detach()
+        decay = 1.0 - lr * number(job.group, "weight_decay")
+        if w.dtype == update.dtype:
+            w.add_(update.reshape(w.shape), alpha=-size)
+            if decay != 1.0:
+                w.mul_(decay)
+        else:
+            w.copy_(w.to(update.dtype).add_(update.reshape(w.shape), alpha=-size).mul_(decay))
+
+    def update_factors(self) -> None:
+        """L ← βL + (1 - β)GGᵀ for each dimension."""
+        g, beta = self.job.grad, self.shampoo_beta
+        for dim, factor in enumerate(self.factors):
+            if factor is not None:
+                weight = (1.0 - beta) / (g.numel() // g.shape[dim]) if self.kl else 1.0 - beta
+                rows = as_rows(self.whitened(dim) if self.kl else g, dim)
+                update_grams([factor], [rows], beta, weight, self.backend)
+        if self.kl:
+            for values, new in zip(self.eigenvalues, self.new_values, strict=True):
+                if values is not None:
+                    values.copy_(new)
+
+    def whitened(self, dim: int) -> Tensor:
+        """G·QΛ^(-1/2) along all dimensions but one."""
+        x = self.job.grad
+        for other, (basis, values) in enumerate(zip(self.bases, self.eigenvalues, strict=True)):
+            if other != dim and basis is not None and values is not None:
+                x = along(x, basis * damped_inverse(values).sqrt(), other)
+        return x
+
+    def update_eigenvalues(self, projected: Tensor) -> None:
+        """The diagonal of QᵀLQ as it will be, from the projected gradient."""
+        self.new_values: list[Any] = [None] * projected.ndim
+        squares = projected.square()
+        for dim, values in enumerate(self.eigenvalues):
+            if values is None:
+                continue
+            x = squares
+            for other, weights in enumerate(self.eigenvalues):
+                if other != dim and weights is not None:
+                    shape = [-1 if d == other else 1 for d in range(x.ndim)]
+                    x = x * damped_inverse(weights).reshape(shape)
+            sums = as_rows(x, dim).sum(1) / (x.numel() // x.shape[dim])
+            self.new_values[dim] = torch.lerp(values, sums, 1.0 - self.shampoo_beta)
+
+    def refresh_bases(self) -> None:
+        """Q ← qr(LQ) in the order of the eigenvalues, v with it, and m into the new bases."""
+        job, state = self.job, self.job.state
+        m = in_place(state["exp_avg"], job.grad.shape, job.grad.dtype)
+        v = in_place(state["exp_avg_sq"], job.grad.shape, job.grad.dtype)
+        tolerance = number(job.group, "refresh_tolerance")
+        fresh: list[Tensor | None] = list(self.bases)
+        changed = False
+        for dim, (factor, basis) in enumerate(zip(self.factors, self.bases, strict=True)):
+            if factor is None or basis is None:
+                continue
+            rotated = mm(factor, basis)
+            diagonal = torch.linalg.vecdot(basis, rotated, dim=0)
+            if tolerance > 0.0 and off_diagonal(factor, diagonal) <= tolerance:
+                continue
+            order = torch.argsort(diagonal, descending=True, stable=True)
+            new, good = fresh_basis(rotated[:, order], self.backend)
+            # No branch on the device's numbers: nothing is to wait for them.
+            fresh[dim] = torch.where(good, new, basis)
+            order = torch.where(good, order, torch.arange(len(order), device=order.device))
+            v = v.index_select(dim, order)
+            state["failed_bases"] += (~good).float()
+            changed = True
+            if self.kl:
+                values = self.eigenvalues[dim]
+                assert values is not None
+                exact = torch.linalg.vecdot(new, mm(factor, new), dim=0)
+                values.copy_(torch.where(good, exact, values))
+        if not changed:
+            return
+        m = project(project(m, self.bases, transposed=False), fresh, transposed=True)
+        stored(state["exp_avg"], m)
+        stored(state["exp_avg_sq"], v)
+        for old, new_basis in zip(self.bases, fresh, strict=True):
+            if old is not None and new_basis is not None and new_basis is not old:
+                old.copy_(new_basis)
+
+    def by_reference(self) -> None:
+        job, group, state = self.job, self.job.group, self.job.state
+        dtype, shape = job.grad.dtype, job.layout.shape
+        w, m, v, factors, bases, eigenvalues, failures = soap(
+            job.param.detach().to(dtype).reshape(shape),
+            job.grad,
+            state["exp_avg"].to(dtype).reshape(shape),
+            state["exp_avg_sq"].to(dtype).reshape(shape),
+            self.factors,
+            self.bases,
+            self.eigenvalues,
+            lr=number(group, "lr"),
+            betas=(self.betas[0], self.betas[1]),
+            shampoo_beta=self.shampoo_beta,
+            eps=number(group, "eps"),
+            weight_decay=number(group, "weight_decay"),
+            bias_correction=group["bias_correction"],
+            refresh=self.refresh,
+            refresh_tolerance=number(group, "refresh_tolerance"),
+            kl=self.kl,
+            time=self.time,
+        )
+        if self.time > 0:
+            job.param.detach().copy_(w.reshape(job.param.shape))
+            state["exp_avg"].copy_(m.reshape(job.param.shape))
+            state["exp_avg_sq"].copy_(v.reshape(job.param.shape))
+        job.layout.store(state["factors"], factors)
+        for targets, values in ((self.bases, bases), (self.eigenvalues, eigenvalues)):
+            for target, value in zip(targets, values, strict=True):
+                if target is not None and value is not None and target.data_ptr() != value.data_ptr():
+                    target.copy_(value)
+        state["failed_bases"] += failures
+
+
+def project(x: Tensor, bases: list[Tensor | None], transposed: bool) -> Tensor:
+    """Into the bases of the dimensions, by QᵀX, or out of them."""
+    for dim, basis in enumerate(bases):
+        if basis is not None:
+            x = along(x, basis if transposed else basis.mT, dim)
+    return x
