@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepladder import _C, backends
 from stepladder.backends import current_stream
+from stepladder.choices import gram_from
 from stepladder.coefficients import Coefficients, CoefficientSet, resolve
 from stepladder.reference.newton_schulz import METHODS, iterate
 
@@ -145,7 +146,7 @@ def orthogonalise(
 
 
 def form_for(method: str, shape: torch.Size, unit: str, chosen: CoefficientSet) -> str:
-    """The form in which matrices [..., m, n] are iterated on.
+    """The form in which matrices [..., m, n] are iterated on; "auto" goes by what was measured (choices.csv).
 
     A set with the AOL prescale takes the standard form always: it has no margin, and where rows are nearly alike the
     roundings of a Gram matrix all go the same way, beyond where two steps in a row converge.
@@ -155,7 +156,7 @@ def form_for(method: str, shape: torch.Size, unit: str, chosen: CoefficientSet) 
     if method != "auto":
         return method
     m, n = sorted(shape[-2:])
-    return "gram" if n >= 2 * m and unit != TORCH else "standard"
+    return "gram" if unit != TORCH and n >= gram_from(unit, m) * m else "standard"
 
 
 def matrix_unit() -> str:
