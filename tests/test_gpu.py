@@ -452,3 +452,17 @@ def test_muon_beside_adamw(gpu: Kernels):
             error = float((p.detach().cpu().double() - q.detach()).norm())
             assert error <= allowed * float((q.detach() - (1 - 0.1 * 0.1) * w).norm()) + stored
     assert (vector.detach() < 0).all()
+
+
+def test_muon_of_weights_stored_as_in_out(gpu: Kernels):
+    """Bit for bit what the transposed weight gets, split along its columns."""
+    start, grad = torch.randn(24, 40), torch.randn(24, 40)
+    moved_by = []
+    for transposed in (False, True):
+        w, g = (x.to(gpu.device) for x in ((start.T, grad.T) if transposed else (start, grad)))
+        p = torch.nn.Parameter(w.clone(memory_format=torch.contiguous_format))
+        p.grad = g.contiguous()
+        group = {"params": [p], "split_sizes": (8, 16), "fan_in_fan_out": transposed}
+        sl.Muon([group], lr=0.1, adjust_lr_fn="spectral", backend=gpu.backend).step()
+        moved_by.append(p.detach().cpu())
+    assert torch.equal(moved_by[1].T, moved_by[0])

@@ -85,11 +85,13 @@ class MatrixLayout:
         order: Dimensions in memory order, where all but the first are flattened; None where they stay.
         split_sizes: Rows of each part, or None.
         heads: For each part how many equal matrices its rows make, or None.
+        transposed: Stored as (in, out), so that its columns are the rows of the matrix.
     """
 
     order: tuple[int, ...] | None
     split_sizes: tuple[int, ...] | None
     heads: tuple[int, ...] | None
+    transposed: bool = False
 
     def matrices(self, x: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
         """A tensor of the parameter's shape as its parts, each [..., m, n].
@@ -105,6 +107,8 @@ class MatrixLayout:
             if x.numel() and flat.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
                 copied = flat, x
             x = flat
+        if self.transposed:
+            x = x.mT
         parts = list(torch.split(x, list(self.split_sizes), -2)) if self.split_sizes is not None else [x]
         if self.heads is not None:
             parts = [torch.unflatten(part, -2, (h, -1)) for part, h in zip(parts, self.heads, strict=True)]

@@ -37,6 +37,9 @@ class Muon(Orthogonalized):
       for each. The groups of a grouped convolution likewise.
     - flatten: True flattens three dimensions too, as of a one-dimensional convolution; False makes batches of more
       than three.
+    - fan_in_fan_out: True for weights that are stored as (in, out), as in GPT-2's Conv1D. The matrix is then the
+      transposed one: `split_sizes` and `num_heads` are of its rows, the columns of what is stored, and s has m outputs
+      and n inputs.
 
     Args:
         params: Parameters, named parameters, or groups of them; real.

@@ -31,6 +31,7 @@ EXTRAS: Group = {
     "split_sizes": None,
     "num_heads": None,
     "flatten": None,
+    "fan_in_fan_out": False,
 }
 
 
@@ -106,8 +107,11 @@ def layout_of(param: Tensor, group: Group, where: str, optimizer: str) -> Matrix
         ValueError: The parameter has fewer than two dimensions, or its rows are not what the group says.
     """
     flatten, sizes, heads = (group.get(key) for key in ("flatten", "split_sizes", "num_heads"))
+    transposed = group.get("fan_in_fan_out", False)
     if flatten not in (None, True, False):
         raise TypeError(f"flatten must be True, False or None, got {flatten!r}")
+    if transposed not in (True, False):
+        raise TypeError(f"fan_in_fan_out must be True or False, got {transposed!r}")
     if param.ndim < 2:
         raise ValueError(
             f"{optimizer} only supports parameters of 2 or more dimensions whereas we found {where} with size "
@@ -118,13 +122,19 @@ def layout_of(param: Tensor, group: Group, where: str, optimizer: str) -> Matrix
     if flat:
         # Statistics of columns are kept in the order of the dimensions, whatever the memory format.
         order = tuple(range(param.ndim)) if group.get("variant") == "normuon" else memory_order(param)
-    rows = param.shape[0] if flat else param.shape[-2]
+    if flat and transposed:
+        raise ValueError(
+            f"fan_in_fan_out=True does not go with {where} of size {tuple(param.shape)}, which is flattened: expected "
+            "two dimensions, or a batch of matrices with flatten=False"
+        )
+    rows = param.shape[0] if flat else param.shape[-1 if transposed else -2]
+    lines = "columns" if transposed else "rows"
     if sizes is not None:
         if not counts(sizes):
             raise TypeError(f"split_sizes must be a sequence of integers of at least 1, got {sizes!r}")
         if sum(sizes) != rows:
             raise ValueError(
-                f"split_sizes={sizes!r} add up to {sum(sizes)}, expected the {rows} rows of {where} of size "
+                f"split_sizes={sizes!r} add up to {sum(sizes)}, expected the {rows} {lines} of {where} of size "
                 f"{tuple(param.shape)}"
             )
     parts = (rows,) if sizes is None else tuple(sizes)
@@ -137,10 +147,10 @@ def layout_of(param: Tensor, group: Group, where: str, optimizer: str) -> Matrix
         for part, count in zip(parts, each, strict=True):
             if part % count:
                 raise ValueError(
-                    f"num_heads={heads!r} does not divide the {part} rows of {where} of size {tuple(param.shape)}"
+                    f"num_heads={heads!r} does not divide the {part} {lines} of {where} of size {tuple(param.shape)}"
                 )
         heads = each
-    return MatrixLayout(order, None if sizes is None else parts, heads)
+    return MatrixLayout(order, None if sizes is None else parts, heads, transposed)
 
 
 def shape_of_parts(shapes: Sequence[torch.Size]) -> torch.Size:
