@@ -667,12 +667,13 @@ ROWS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
         r"ns_steps=5 leaves out some of the 6 triples in ns_coefficients, .*ns_steps=None takes all of them",
     ),
     ({"stochastic_rounding": True}, ValueError, r"stochastic_rounding=True is not supported for the matrices of Muon"),
-    ({"capturable": True}, ValueError, r"capturable=True is not supported for the matrices of Muon"),
     ({"differentiable": True}, RuntimeError, r"differentiable=True is not supported"),
     ({"state_dtype": torch.float16}, ValueError, r"state_dtype=torch.float16 is unknown"),
 )
 MUONS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"weight_decay": -1}, ValueError, r"weight decay should be >= 0 but is: -1.0"),
+    ({"capturable": True, "variant": "normuon"}, ValueError, r"capturable=True does not go with variant='normuon'"),
+    ({"capturable": True, "cautious_weight_decay": True}, ValueError, r"cautious_weight_decay=True, expected None and"),
     ({"weight_decay": math.nan}, ValueError, r"weight decay should be >= 0 but is: nan"),
     ({"adjust_lr_fn": "best"}, ValueError, r"Adjust learning rate function 'best' is not supported: .*'spectral'"),
     ({"adjust_lr_fn": 0.0}, ValueError, r"Adjust learning rate function 0.0 is not supported: .*number above 0"),
@@ -687,7 +688,8 @@ MUONS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
         r"adjust_lr_fn='original' does not go with variant='adamuon'",
     ),
 )
-CASES = [(sl.Muon, *row) for row in ROWS + MUONS] + [(sl.MuonH, *row) for row in ROWS]
+MUONHS = (({"capturable": True}, ValueError, r"capturable=True is not supported for the matrices of MuonH, expected"),)
+CASES = [(sl.Muon, *row) for row in ROWS + MUONS] + [(sl.MuonH, *row) for row in ROWS + MUONHS]
 
 
 @pytest.mark.parametrize(("cls", "arguments", "error", "message"), CASES, ids=lambda x: str(x)[:60])

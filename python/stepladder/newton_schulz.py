@@ -189,8 +189,10 @@ def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: flo
 
 # Address, dtype, strides of rows and columns.
 View = tuple[int, str, int, int]
-# Buffer, momentum, whether it averages, Nesterov's form, the gradient's scale, decay, step.
-MuonPart = tuple[View, float, bool, bool, float, float, float]
+# Address of a learning rate on the device, whether it is a double, weight decay, scale.
+Rate = tuple[int, bool, float, float]
+# Buffer, momentum, whether it averages, Nesterov's form, the gradient's scale, decay, step or what makes both.
+MuonPart = tuple[View, float, bool, bool, float, float, float | Rate]
 # Rows, columns, in, out, options, and what Muon adds.
 Matrix = tuple[int, int, View, View, _C.NewtonSchulzOptions, MuonPart | None]
 
@@ -214,6 +216,16 @@ def options_of(chosen: CoefficientSet, eps: float, form: str) -> _C.NewtonSchulz
 _kept = threading.local()
 
 
+def kept_iterations() -> list[object]:
+    """This thread's iterations; graphs that were captured point into their memory."""
+    return list(getattr(_kept, "iterations", {}).values())
+
+
+def workspace(size: int, device: torch.device) -> Tensor:
+    """Bytes on a GPU; of a captured call they lie in the graph's own pool, which no one else gets."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
 def run_compiled(matrices: list[Matrix], backend: str, device: torch.device) -> None:
     """Run the compiled kernels on all matrices together, which lie on this device."""
     if not hasattr(_kept, "iterations"):
@@ -230,7 +242,7 @@ def run_compiled(matrices: list[Matrix], backend: str, device: torch.device) -> 
     workspaces: list[Tensor] = []
 
     def allocate(count: int) -> int:
-        workspaces.append(torch.empty(count, dtype=torch.uint8, device=device))
+        workspaces.append(workspace(count, device))
         return workspaces[-1].data_ptr()
 
     _kept.iterations[key].run(matrices, allocate, current_stream(index))
