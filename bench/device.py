@@ -30,11 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "device"
 SITE = BUILD / "site"
 # Seconds that are kept for each part; what one leaves goes to the next. All together: under ten minutes.
-RESERVED = {"build": 130.0, "test": 180.0, "sanitize": 90.0, "bench": 160.0}
+RESERVED = {"build": 130.0, "test": 150.0, "sanitize": 75.0, "bench": 210.0}
 # Between asking a process to end, upon which a benchmark writes what it has, and ending it.
 GRACE = 15.0
 # Of the benchmark's time, for the one that compiles torch's step.
 COMPILING = 70.0
+# Of it, for the matrices; they get what the two others leave, too.
+MATRICES = 60.0
 # Tests that run on whatever STEPLADDER_TEST_DEVICE names speak of one of these, and say the backend in their names.
 FIXTURES = ("Kernels", "import DEVICE")
 BACKENDS = ("cuda", "triton")
@@ -173,10 +175,24 @@ class Session:
         return failures
 
     def bench(self, limit: float) -> list[str]:
-        """The targets' cases; then one against torch's compiled step, which may take its time to compile."""
+        """The targets' cases; one against torch's compiled step, which may take its time to compile; the matrices."""
+        begin = time.monotonic()
         sets = ("1000x768", "465-groups", "gpt2", "llama-1b")
-        failures = self._bench("", sets, ("adamw", "lion"), ("loop", "foreach", "fused"), limit - COMPILING)
-        return failures + self._bench("-compiled", ("gpt2",), ("adamw",), ("fused", "compiled"), COMPILING - GRACE)
+        failures = self._bench("", sets, ("adamw", "lion"), ("loop", "foreach", "fused"), limit - COMPILING - MATRICES)
+        failures += self._bench("-compiled", ("gpt2",), ("adamw",), ("fused", "compiled"), COMPILING - GRACE)
+        return failures + self._bench_matrices(limit - (time.monotonic() - begin))
+
+    def _bench_matrices(self, limit: float) -> list[str]:
+        """Both forms of Newton-Schulz iterations of several sizes, and Muon's step."""
+        sizes = [f"--side={side}" for side in (64, 128, 256, 512, 1024, 2048)]
+        sizes += [f"--aspect={aspect}" for aspect in (1, 2, 4)]
+        options = ["--device=cuda", "--forms", "--seconds=0.3", f"--csv={self.results / self.stem}-matrices.csv"]
+        return self._stepladder(["bench-matrices", *options, *sizes], "device-bench-matrices.log", limit)
+
+    def _stepladder(self, arguments: Sequence[str], log: str, limit: float) -> list[str]:
+        """The console script, of which `pip install --target` makes none that is on PATH."""
+        main = "from stepladder.cli import main; main(prog_name='stepladder')"
+        return run([sys.executable, "-c", main, *arguments], self.out / log, limit, environment())
 
     def _bench(
         self, suffix: str, sets: Sequence[str], optimizers: Sequence[str], rivals: Sequence[str], limit: float
@@ -184,13 +200,10 @@ class Session:
         chosen = [f"--shapes={name}" for name in sets] + [f"--optimizer={name}" for name in optimizers]
         chosen += [f"--rival={name}" for name in rivals]
         files = {kind: self.results / f"{self.stem}{suffix}.{kind}" for kind in ("json", "csv")}
-        main = "from stepladder.cli import main; main(prog_name='stepladder')"
-        failures = run(
-            [sys.executable, "-c", main, "bench", "--device=cuda", "--seconds=1", *chosen]
-            + [f"--{kind}={file}" for kind, file in files.items()],
-            self.out / f"device-bench{suffix}.log",
+        failures = self._stepladder(
+            ["bench", "--device=cuda", "--seconds=1", *chosen] + [f"--{kind}={file}" for kind, file in files.items()],
+            f"device-bench{suffix}.log",
             limit,
-            environment(),
         )
         if files["json"].exists():
             self.rows += json.loads(files["json"].read_text())["results"]

@@ -30,6 +30,7 @@ ASPECTS = (1, 2, 4)
 BATCHES = (1, 16)
 STEPS = 5
 OURS, THEIRS = "stepladder", "torch"
+STANDARD, GRAM = "standard", "gram"
 # A gate, not a bound: both round operands to bf16, and the two results part by up to 0.016 in the rows that are kept;
 # a wrong product is off by the order of 1.
 TOLERANCE = 0.05
@@ -59,6 +60,10 @@ class Cpu:
     def __init__(self) -> None:
         self.unit = matrix_unit()
 
+    def unit_of(self, backend: str | None) -> str:
+        """Who multiplies, by the name under which forms are chosen."""
+        return self.unit
+
     def milliseconds(self, run: Callable[[], Any], repeats: int) -> float:
         start = perf_counter_ns()
         for _ in range(repeats):
@@ -81,6 +86,10 @@ class OnGpu:
         self.ours: Mapping[str, str | None] = {f"{OURS}-{name}": name for name in names}
         self.rivals = {THEIRS: plain, f"{THEIRS} compiled": torch.compile(plain)}
 
+    def unit_of(self, backend: str | None) -> str:
+        """Who multiplies, by the name under which forms are chosen."""
+        return backend or self.unit
+
     def milliseconds(self, run: Callable[[], Any], repeats: int) -> float:
         return self._clock.alone(run)[0]
 
@@ -99,11 +108,16 @@ class Row:
         errors: Relative distance of each of ours from torch's result.
         ms: Quantiles of milliseconds, by contender; without those of ours that are red.
         ratios: Of each other contender over the first of ours, within rounds.
+        forms: Of ours, the form asked for and who multiplies.
+        standard: By contender in the Gram form, how many times longer the standard form of the same takes, within
+            rounds.
     """
 
     name: str
     flops: float
     rounds: int = 0
+    forms: dict[str, tuple[str, str]] = field(default_factory=dict)
+    standard: dict[str, Quantiles] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     ms: dict[str, Quantiles] = field(default_factory=dict)
     ratios: dict[str, Quantiles] = field(default_factory=dict)
@@ -122,17 +136,20 @@ def flops(m: int, n: int, batch: int = 1) -> float:
     return STEPS * batch * 2.0 * (2.0 * m * m * n + float(m) ** 3)
 
 
-def measure_iteration(machine: Machine, batch: int, m: int, n: int, seconds: float, method: str = "auto") -> Row:
-    """One shape: checked, then timed in turns."""
+def measure_iteration(
+    machine: Machine, batch: int, m: int, n: int, seconds: float, methods: Sequence[str] = ("auto",)
+) -> Row:
+    """One shape: checked, then timed in turns, ours by each of the methods."""
     x = torch.randn((m, n) if batch == 1 else (batch, m, n), generator=torch.Generator().manual_seed(0))
     x = x.to(machine.device)
-    ours = {
-        name: partial(sl.ops.newton_schulz, x, method=method, backend=backend) for name, backend in machine.ours.items()
-    }
     expected = machine.rivals[THEIRS](x).float()
     row = Row(f"{batch}x{m}x{n}", flops(m, n, batch))
-    for name, run in ours.items():
-        row.errors[name] = float((run() - expected).norm() / expected.norm())
+    ours: dict[str, Callable[[], Any]] = {}
+    for (name, backend), method in product(machine.ours.items(), methods):
+        label = name if len(methods) == 1 else f"{name} {method}"
+        ours[label] = partial(sl.ops.newton_schulz, x, method=method, backend=backend)
+        row.forms[label] = method, machine.unit_of(backend)
+        row.errors[label] = float((ours[label]() - expected).norm() / expected.norm())
     rivals = {name: partial(run, x) for name, run in machine.rivals.items()}
     return timed(row, machine, {name: run for name, run in ours.items() if name not in row.red} | rivals, seconds)
 
@@ -169,7 +186,7 @@ def measure_muon(machine: Machine, shapes: Sequence[tuple[int, int]], name: str,
 def timed(row: Row, machine: Machine, contenders: Mapping[str, Callable[[], Any]], seconds: float) -> Row:
     """Time contenders in turns, in a new random order each round; small ones several times a turn."""
     first = next(iter(contenders))
-    if first not in machine.ours:
+    if first not in row.errors:
         return row
     for run in contenders.values():
         run()
@@ -188,26 +205,34 @@ def timed(row: Row, machine: Machine, contenders: Mapping[str, Callable[[], Any]
     arrays = {name: np.array(values) for name, values in times.items()}
     row.ms = {name: Quantiles.of(values) for name, values in arrays.items()}
     row.ratios = {name: Quantiles.of(values / arrays[first]) for name, values in arrays.items() if name != first}
+    for name, values in arrays.items():
+        standard = name.removesuffix(GRAM) + STANDARD
+        if name.endswith(f" {GRAM}") and standard in arrays:
+            row.standard[name] = Quantiles.of(arrays[standard] / values)
     return row
 
 
 COLUMNS = (
-    *("what", "unit", "contender", "check", "error", "rounds", "gflops"),
+    *("what", "unit", "contender", "form", "check", "error", "rounds", "gflops"),
     *(f"ms_{quantile}" for quantile in Quantiles._fields),
     *(f"ratio_{quantile}" for quantile in Quantiles._fields),
+    *(f"standard_{quantile}" for quantile in Quantiles._fields),
 )
 
 
 def csv_rows(row: Row, unit: str) -> Iterator[dict[str, Any]]:
-    """One for each contender; ratios are to the first of ours."""
+    """One for each contender; ratios are to the first of ours, `standard` those of the standard form to this one."""
     for name in {**row.errors, **row.ms}:
         verdict = "red" if name in row.red else report.GREEN if name in row.errors else ""
-        values: dict[str, Any] = {"what": row.name, "unit": unit, "contender": name, "check": verdict}
+        form, own_unit = row.forms.get(name, ("", unit))
+        values: dict[str, Any] = {"what": row.name, "unit": own_unit, "contender": name, "form": form, "check": verdict}
         values |= {"rounds": row.rounds, "error": row.errors.get(name, "")}
         if name in row.ms:
             values |= {"gflops": row.rate(name)} | {f"ms_{key}": v for key, v in row.ms[name]._asdict().items()}
         if name in row.ratios:
             values |= {f"ratio_{key}": v for key, v in row.ratios[name]._asdict().items()}
+        if name in row.standard:
+            values |= {f"standard_{key}": v for key, v in row.standard[name]._asdict().items()}
         yield values
 
 
@@ -236,18 +261,20 @@ def geometric_mean(rows: Sequence[Row]) -> float:
 
 @click.command("bench-matrices")
 @click.option("--side", "sides", type=click.IntRange(min=1), multiple=True, help="Shorter sides. [default: 64 to 2048]")
-@click.option("--aspect", "aspects", type=click.IntRange(min=1), multiple=True, help="Longer over shorter. [1, 2, 4]")
+@click.option("--aspect", "aspects", type=click.FloatRange(min=1), multiple=True, help="Longer over shorter. [1, 2, 4]")
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Matrices. [1, 16]")
 @click.option("--method", type=click.Choice(["auto", "standard", "gram"]), default="auto", show_default=True)
+@click.option("--forms", is_flag=True, help="Both forms of ours, in place of --method.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where.")
 @click.option("--muon/--no-muon", default=True, help="The step of GPT-2 124M's matrices, too.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=1.0, show_default=True, help="For a case's rounds.")
 @click.option("--csv", "csv_file", type=click.File("w", atomic=True), help="Write a row for each case.")
 def bench_matrices(
     sides: tuple[int, ...],
-    aspects: tuple[int, ...],
+    aspects: tuple[float, ...],
     batches: tuple[int, ...],
     method: str,
+    forms: bool,
     device: str,
     muon: bool,
     seconds: float,
@@ -257,7 +284,8 @@ def bench_matrices(
 
     Each is checked against torch's before it is timed, and all take turns in one process. GFLOP/s are counted by
     the standard form, whatever form is taken; the columns behind say how many times longer than ours a rival takes.
-    On a GPU each of our backends is a contender, and events time them.
+    On a GPU each of our backends is a contender, and events time them. The rows of --forms are what
+    `python -m stepladder.bench.choices` makes the table of forms from.
     """
     console = Console()
     if not console.is_terminal:
@@ -275,14 +303,21 @@ def bench_matrices(
         machine = Cpu()
         facts = report.machine()
         console.print(report.header(facts), highlight=False)
-    rows = []
-    for side, aspect, batch in product(sides or SIDES, aspects or ASPECTS, batches or BATCHES):
-        rows.append(measure_iteration(machine, batch, side, side * aspect, seconds, method))
-    if muon:
-        rows.append(measure_muon(machine, gpt2_matrices(), "Muon, GPT-2 124M", seconds))
+    rows: list[Row] = []
+    interrupted = False
+    methods = (STANDARD, GRAM) if forms else (method,)
+    try:
+        for side, aspect, batch in product(sides or SIDES, aspects or ASPECTS, batches or BATCHES):
+            rows.append(measure_iteration(machine, batch, side, round(side * aspect), seconds, methods))
+        if muon:
+            rows.append(measure_muon(machine, gpt2_matrices(), "Muon, GPT-2 124M", seconds))
+    except KeyboardInterrupt:
+        interrupted = True
     console.print(table(rows, machine.unit))
     console.print(f"geometric mean of torch's ratios: {geometric_mean(rows):.2f}")
     if csv_file:
         report.write_rows(csv_file, facts, COLUMNS, [r for row in rows for r in csv_rows(row, machine.unit)])
+    if interrupted:
+        raise click.Abort
     if any(row.red for row in rows):
         raise click.exceptions.Exit(1)

@@ -18,6 +18,7 @@ import stepladder as sl
 from stepladder.bench import cli, matrices, rivals
 from stepladder.bench.cases import CASES, DTYPES
 from stepladder.bench.check import TENSOR_ELEMENTS, TOTAL_ELEMENTS, check, sample
+from stepladder.bench.choices import choices
 from stepladder.bench.matrices import bench_matrices
 from stepladder.bench.measure import FEWEST_ROUNDS, OURS, YARDSTICK, Contenders, Settings, measure
 from stepladder.bench.results import fit, run
@@ -208,6 +209,40 @@ def test_matrices_are_checked_timed_and_written(tmp_path: Path) -> None:
         assert float(row["gflops"]) * float(row["ms_median"]) == pytest.approx(count / 1e6, rel=1e-4)
 
 
+def test_forms_are_contenders(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    size = ["--side", "24", "--aspect", "1.5", "--batch", "2", "--forms", "--no-muon", "--seconds", "0"]
+    result = CliRunner().invoke(bench_matrices, [*size, "--csv", str(path)])
+    assert result.exit_code == 0, result.output
+    with path.open() as file:
+        rows = {row["contender"]: row for row in csv.DictReader(file)}
+    assert [row["what"] for row in rows.values()] == ["2x24x36"] * 3
+    assert [(name, row["form"]) for name, row in rows.items()] == [
+        ("stepladder standard", "standard"),
+        ("stepladder gram", "gram"),
+        ("torch", ""),
+    ]
+    unit = matrices.matrix_unit()
+    assert [row["unit"] for row in rows.values()] == [unit] * 3
+    assert [name for name, row in rows.items() if row["standard_median"]] == ["stepladder gram"]
+    (found,) = choices([path])
+    assert (found.unit, found.m, found.results) == (unit, 24, "rows.csv")
+
+
+def test_an_interrupted_measurement_writes_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.csv"
+
+    def interrupted(*args: Any) -> matrices.Row:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(matrices, "measure_muon", interrupted)
+    options = ["--side", "24", "--aspect", "1", "--batch", "1", "--seconds", "0", "--csv", str(path)]
+    result = CliRunner().invoke(bench_matrices, options)
+    assert result.exit_code == 1
+    with path.open() as file:
+        assert [row["contender"] for row in csv.DictReader(file)] == ["stepladder", "torch"]
+
+
 def test_wrong_matrices_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(matrices.Cpu.rivals, matrices.THEIRS, lambda x: 1.5 * sl.reference.newton_schulz(x))
     result = CliRunner().invoke(bench_matrices, ["--side", "24", "--aspect", "1", "--batch", "1", "--no-muon"])
@@ -231,6 +266,12 @@ def test_matrices_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(row.errors) == ["stepladder-cpu", "stepladder-reference"]
     assert row.red == []
     assert list(row.ratios) == ["stepladder-reference", "torch", "torch compiled"]
+    row = matrices.measure_iteration(machine, 2, 20, 30, 0.0, ("standard", "gram"))
+    units = {found["contender"]: found["unit"] for found in matrices.csv_rows(row, machine.unit)}
+    assert units["stepladder-cpu gram"] == "cpu"
+    assert units["stepladder-reference standard"] == "reference"
+    assert units["torch compiled"] == "cpu"  # the device
+    assert list(row.standard) == ["stepladder-cpu gram", "stepladder-reference gram"]
 
 
 def test_matrices_need_a_gpu_for_cuda() -> None:

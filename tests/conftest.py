@@ -15,7 +15,7 @@ import torch
 from cases import Kernels
 
 from stepladder import backends, newton_schulz, ops
-from stepladder.optim import engine
+from stepladder.optim import engine, mixed
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,6 +63,16 @@ class Device:
     module: ModuleType
     capturing = False
 
+    def __init__(self) -> None:
+        # What a graph's pool would keep for its replays.
+        self.pool: list[torch.Tensor] = []
+
+    def workspace(self, size: int, device: torch.device) -> torch.Tensor:
+        memory = torch.empty(size, dtype=torch.uint8)
+        if self.capturing:
+            self.pool.append(memory)
+        return memory
+
 
 @pytest.fixture
 def emulated(emulated_module, monkeypatch):
@@ -78,7 +88,9 @@ def emulated(emulated_module, monkeypatch):
         monkeypatch.setattr(module, "_C", emulated_module)
         monkeypatch.setattr(module, "current_stream", lambda index: int(device.capturing))
     monkeypatch.setattr(newton_schulz, "_kept", threading.local())
-    monkeypatch.setattr(engine, "is_capturing", lambda: device.capturing)
+    monkeypatch.setattr(newton_schulz, "workspace", device.workspace)
+    for module in (engine, mixed):
+        monkeypatch.setattr(module, "is_capturing", lambda: device.capturing)
     monkeypatch.setattr(engine, "is_on_gpu", lambda value: isinstance(value, torch.Tensor))
     monkeypatch.setattr(ops, "_plans", type(ops._plans)())
     return device

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_muon import VARIANTS as MUONS
+from test_muon import Pair as MuonPair
 from torch import Tensor
 from torch_cases import (
     CLASSES,
@@ -219,6 +221,95 @@ def test_the_backend_is_the_one_asked_for():
     assert twin._engine.backend == "reference"
 
 
+# Muon, whose parameters are matrices, and whose numbers are near torch's as far as products in bf16 allow.
+
+
+class AcceleratedMuons(MuonPair):
+    """`ours` is torch's Muon, accelerated."""
+
+    def __init__(self, hyper: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        super().__init__(hyper, dtype)
+        self.ours = sl.accelerate(torch.optim.Muon(self.p, **hyper), **options)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("hyper", MUONS, ids=str)
+def test_muons_numbers_are_torchs(hyper: dict[str, Any], backend: str | None):
+    AcceleratedMuons(hyper, backend=backend).run(3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+def test_muon_takes_the_steps_that_ours_takes(dtype: torch.dtype):
+    # Bit for bit: that the kernels, and not torch, do the work.
+    pair = AcceleratedMuons({"lr": 0.05}, dtype)
+    pair.theirs = sl.Muon(pair.q, lr=0.05)
+    for seed in range(3):
+        pair.step(seed)
+    for p, q in zip(pair.p, pair.q, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(pair.ours.state[p]["momentum_buffer"], pair.theirs.state[q]["momentum_buffer"])
+
+
+def test_muon_stays_torchs_object():
+    pair = AcceleratedMuons({"lr": 0.05})
+    plain = torch.optim.Muon(pair.q, lr=0.05)
+    for q in pair.q:
+        q.grad = torch.ones_like(q)
+    plain.step()
+    groups, state, log = plain.param_groups, plain.state, []
+    buffers = [plain.state[q]["momentum_buffer"] for q in pair.q]
+    plain.register_step_post_hook(lambda *args: log.append(1))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(plain, 0.5)
+    assert sl.accelerate(plain) is sl.accelerate(plain) is plain
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plain.step(lambda: 7.0) == 7.0
+        scheduler.step()
+    assert isinstance(plain, torch.optim.Muon)
+    assert plain.param_groups is groups
+    assert plain.state is state
+    assert all(plain.state[q]["momentum_buffer"] is u for q, u in zip(pair.q, buffers, strict=True))
+    assert groups[0]["lr"] == 0.025
+    assert log == [1]
+    assert type(torch.optim.Muon(pair.q)) is torch.optim.Muon
+
+
+def test_muons_checkpoints_go_both_ways():
+    pair = AcceleratedMuons({"lr": 0.05})
+    pair.run(2)
+    assert pair.ours.state_dict()["param_groups"] == pair.theirs.state_dict()["param_groups"]
+    file = io.BytesIO()
+    torch.save(pair.ours.state_dict(), file)
+    file.seek(0)
+    pair.theirs.load_state_dict(torch.load(file, weights_only=True))
+    pair.ours.load_state_dict(copy.deepcopy(pair.theirs.state_dict()))
+    ours = sl.Muon([copy_of(p) for p in pair.p])
+    ours.load_state_dict(pair.ours.state_dict())
+    for p, q in zip(pair.p, ours.param_groups[0]["params"], strict=True):
+        assert torch.equal(pair.ours.state[p]["momentum_buffer"], ours.state[q]["momentum_buffer"])
+    for twin in (copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))):
+        assert type(twin.ours) is type(pair.ours)
+        before = snapshot(pair.ours)
+        twin.step(5)
+        assert_unchanged(before, snapshot(pair.ours))
+        assert not torch.equal(twin.p[0], pair.p[0])
+
+
+def test_muon_under_a_gradscalers_scale():
+    pair = AcceleratedMuons({"lr": 0.05})
+    pair.give(1)
+    for p in pair.p:
+        p.grad *= 4.0
+    before = [p.detach().clone() for p in pair.p]
+    pair.ours.grad_scale, pair.ours.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    pair.ours.step()
+    assert all(torch.equal(p, w) for p, w in zip(pair.p, before, strict=True))
+    pair.ours.found_inf = torch.tensor(0.0)
+    pair.ours.step()
+    pair.theirs.step()
+    pair.check(1)
+
+
 # Refusals: the optimizer stays as it was, and goes on as torch's.
 
 
@@ -244,7 +335,11 @@ def with_lr_of_nan(params: Any) -> Any:
     return optimizer
 
 
-EXACTLY = r"expected exactly one of torch.optim.SGD, .*torch.optim.AdamW"
+def with_another_algorithm(params: Any) -> Any:
+    return torch.optim.Muon([{"params": [torch.nn.Parameter(torch.ones(3, 3))], "algorithm": "adamw"}])
+
+
+EXACTLY = r"expected exactly one of torch.optim.SGD, .*torch.optim.AdamW, torch.optim.Muon"
 REFUSED = (
     (Subclass, {}, TypeError, rf"cannot accelerate a Subclass, {EXACTLY}"),
     (torch.optim.NAdam, {}, TypeError, rf"cannot accelerate a NAdam, {EXACTLY}"),
@@ -252,6 +347,7 @@ REFUSED = (
     (list, {}, TypeError, rf"cannot accelerate a list, {EXACTLY}"),
     (with_patched_step, {}, TypeError, r"step\(\) was replaced on the instance"),
     (with_differentiable_group, {}, RuntimeError, r"differentiable=True is not supported"),
+    (with_another_algorithm, {}, ValueError, r"group 0 of a torch.optim.Muon has algorithm='adamw', expected none"),
     (with_lr_of_nan, {}, ValueError, r"Invalid learning rate: nan"),
     (torch.optim.AdamW, {"backend": "gpu"}, ValueError, r"backend='gpu' is unknown, expected None or one of 'cuda'"),
 )

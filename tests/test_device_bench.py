@@ -21,6 +21,7 @@ from stepladder.bench.measure import Contenders, Settings
 from stepladder.bench.rivals import COMPILED, MOST_COMPILED, Other, rivals_of
 from stepladder.bench.shapes import SETS
 from stepladder.bench.workload import grouped
+from stepladder.cli import main
 from stepladder.optim.state import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -350,7 +351,8 @@ class Clock:
 
 def test_budget_keeps_time_for_later_parts():
     assert sum(device.RESERVED.values()) < 600 - 2 * device.GRACE
-    assert device.RESERVED["bench"] > 2 * device.COMPILING
+    assert device.RESERVED["bench"] >= device.COMPILING + device.MATRICES + 60
+    assert min(device.COMPILING, device.MATRICES) > 2 * device.GRACE
     clock = Clock()
     budget = device.Budget(
         ("build", "test", "bench"), {"build": 10.0, "test": 20.0, "sanitize": 5.0, "bench": 30.0}, clock
@@ -484,14 +486,24 @@ def test_what_the_parts_run(monkeypatch, tmp_path):
     assert all(any(option.endswith("test_bitwise.py") for option in command) for command, *_ in ran)
     assert [command[2] for command, *_ in ran[2:]] == ["memcheck", "racecheck"]
     del ran[:]
-    assert session.bench(100.0) == []
-    assert [limit for _, _, limit, _ in ran] == [100.0 - device.COMPILING, device.COMPILING - device.GRACE]
+    assert session.bench(200.0) == []
+    # Nothing took any time, so that the last has all of it, but for what runs between the clock's readings.
+    *limits, last = [limit for _, _, limit, _ in ran]
+    assert limits == [200.0 - device.COMPILING - device.MATRICES, device.COMPILING - device.GRACE]
+    assert 190.0 < last <= 200.0
     assert session.rows == [1, 2]
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json"]
-    # Every option is one that the command has.
-    accepted = {option for parameter in cli.bench.params for option in parameter.opts}
+    # Every option is one that the command has; the last writes its rows beside the others'.
     for command, *_ in ran:
+        accepted = {option for parameter in main.commands[command[3]].params for option in parameter.opts}
         assert {option.partition("=")[0] for option in command[4:]} <= accepted
+    assert [command[3] for command, *_ in ran] == ["bench", "bench", "bench-matrices"]
+    assert {log.name for _, log, *_ in ran} == {
+        "device-bench.log",
+        "device-bench-compiled.log",
+        "device-bench-matrices.log",
+    }
+    assert f"--csv={tmp_path / session.stem}-matrices.csv" in ran[-1][0]
     monkeypatch.setattr(device, "find_sanitizer", lambda: None)
     assert "compute-sanitizer" in session.sanitize(1.0)[0]
 

@@ -6,6 +6,8 @@ Without a GPU the CUDA kernels run in the emulator; with STEPLADDER_TEST_DEVICE=
 from __future__ import annotations
 
 import math
+import sys
+import threading
 
 import pytest
 import torch
@@ -318,6 +320,135 @@ def capture(optimizer, request):
     return device.module.replay
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_graph_replay_of_muon(gpu: Kernels, request, dtype: torch.dtype):
+    """The rate is read from the device, by replays and by eager steps, with the bits of one that the host reads."""
+    if gpu.backend != "cuda":
+        pytest.skip("matrices are captured with the CUDA kernels alone")
+    shapes = [(12, 9), (9, 30), (2, 6, 6), (7, 3, 2, 2), (40, 90)]
+    p, q = twins([torch.randn(s) for s in shapes] + [torch.randn(40, 50).bfloat16()], gpu.device)
+    vectors = [torch.nn.Parameter(torch.zeros(5, device=gpu.device)) for _ in range(2)]
+    rate = torch.tensor(0.05, dtype=dtype, device=gpu.device)
+    optimizers = []
+    for params, vector, lr, capturable in ((p, vectors[0], rate, True), (q, vectors[1], float(rate), False)):
+        params = [torch.nn.Parameter(x.detach().to(gpu.device)) for x in params]
+        groups = [{"params": params[:2], "ns_coefficients": "you"}, {"params": params[2:], "weight_decay": 0.3}]
+        groups.append({"params": [vector], "algorithm": "adamw", "lr": lr})
+        optimizers.append(sl.Muon(groups, lr=lr, backend="cuda", capturable=capturable))
+    ours, theirs = optimizers
+    pairs = [
+        (a, b)
+        for group, other in zip(ours.param_groups, theirs.param_groups, strict=True)
+        for a, b in zip(group["params"], other["params"], strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+
+    def copy_gradients():
+        for a, b in pairs:
+            b.grad = torch.randn(b.shape, generator=generator).to(b)
+            if a.grad is None:
+                a.grad = torch.empty_like(a)
+            a.grad.copy_(b.grad)
+
+    copy_gradients()
+    ours.step()
+    theirs.step()
+    copy_gradients()
+    replay = capture(ours, request)
+    for step, lr in enumerate((0.05, 0.025, 0.1, 0.3)):
+        copy_gradients()
+        rate.fill_(lr)
+        for group in theirs.param_groups:
+            group["lr"] = float(rate)
+        ours.step() if step == 2 else replay()
+        theirs.step()
+        for a, b in pairs:
+            assert torch.equal(a, b)
+            for name, value in theirs.state[b].items():
+                assert torch.equal(ours.state[a][name].to(value.device), value)
+
+
+def test_a_replay_at_a_rate_of_0_leaves_weights_bit_for_bit(gpu: Kernels, request):
+    """Where the factor is no number, and zeros keep their signs."""
+    if gpu.backend != "cuda":
+        pytest.skip("matrices are captured with the CUDA kernels alone")
+    start = torch.tensor([[-0.0, 0.0], [1.0, -1.0]])
+    p = torch.nn.Parameter(start.to(gpu.device))
+    rate = torch.tensor(0.0, device=gpu.device)
+    optimizer = sl.Muon([p], lr=rate, backend="cuda", capturable=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    replay = capture(optimizer, request)
+    for value in (1.0, math.nan):
+        p.grad.fill_(value)
+        replay()
+        assert same_bits(p.detach().cpu(), start)
+    assert bool(optimizer.state[p]["momentum_buffer"].isnan().all())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the emulator's capture")
+def test_a_graph_of_muon_outlives_the_thread_that_captured_it(gpu: Kernels, request):
+    """Tables belong to a thread's iterations, and to the optimizers that have captured them."""
+    p = torch.nn.Parameter(torch.randn(20, 30))
+    p.grad = torch.randn(20, 30)
+    optimizer = sl.Muon([p], lr=torch.tensor(0.1), backend="cuda", capturable=True)
+    optimizer.step()
+    replays = []
+    thread = threading.Thread(target=lambda: replays.append(capture(optimizer, request)))
+    thread.start()
+    thread.join()
+    twin = torch.nn.Parameter(p.detach().clone())
+    twin.grad = p.grad.clone()
+    eager = sl.Muon([twin], lr=0.1, backend="cuda")
+    eager.state[twin]["momentum_buffer"] = optimizer.state[p]["momentum_buffer"].clone()
+    eager.param_groups[0]["lr"] = float(optimizer.param_groups[0]["lr"])
+    (kept,) = optimizer._engine._captured.values()
+    # This one, the engine's dictionary's, and the argument's: nobody else holds it any more.
+    assert sys.getrefcount(kept) <= 3
+    eager.step()
+    replays[0]()
+    assert torch.equal(p, twin)
+
+
+def test_captures_of_muon_are_refused_with_the_reason(gpu: Kernels, request):
+    def optimizer_of(*, dtype=torch.float32, steps=1, backend=gpu.backend, **options):
+        p = torch.nn.Parameter(torch.ones(4, 3, dtype=dtype, device=gpu.device))
+        p.grad = torch.ones_like(p)
+        optimizer = sl.Muon([p], backend=backend, **options)
+        for _ in range(steps):
+            optimizer.step()
+        return optimizer
+
+    def refused(optimizer, message):
+        (p,) = optimizer.param_groups[0]["params"]
+        before = p.detach().clone()
+        with pytest.raises(RuntimeError, match=message):
+            capture(optimizer, request)
+        if DEVICE == "cpu":
+            request.getfixturevalue("emulated").capturing = False
+        assert torch.equal(p, before)
+
+    refused(optimizer_of(), "capturable=False: construct the optimizer with capturable=True")
+    if gpu.backend != "cuda":
+        refused(optimizer_of(capturable=True), "stepped by backend 'triton'")
+        return
+    refused(optimizer_of(capturable=True, steps=0), "take at least one step with the same tensors before the capture")
+    refused(optimizer_of(capturable=True, max_norm=1.0), "a GradScaler or max_norm waits for the GPU.*max_norm=1.0")
+    scaled = optimizer_of(capturable=True)
+    scaled.grad_scale = torch.ones((), device=gpu.device)
+    refused(scaled, "a GradScaler or max_norm waits for the GPU")
+    refused(optimizer_of(capturable=True, lr=0.0), "lr=0 of parameter 0 would be captured")
+    momentum = optimizer_of(capturable=True)
+    momentum.param_groups[0]["momentum"] = torch.tensor(0.9, device=gpu.device)
+    refused(momentum, "'momentum' of group 0 is a tensor on the GPU")
+    without = optimizer_of(capturable=True)
+    without.param_groups[0]["params"][0].grad = None
+    refused(without, "parameter 0 of group 0 has no gradient")
+    wide = optimizer_of(capturable=True)
+    wide.state[wide.param_groups[0]["params"][0]]["momentum_buffer"] = torch.zeros(4, 3, device=gpu.device).double()
+    refused(wide, "dtypes torch.float32, torch.float32, torch.float64, which cannot be captured")
+
+
 def test_capture_is_refused_with_the_reason(gpu: Kernels, request):
     def optimizer_of(*sizes, **options):
         params = [torch.nn.Parameter(torch.ones(n, device=gpu.device)) for n in sizes]
@@ -452,3 +583,17 @@ def test_muon_beside_adamw(gpu: Kernels):
             error = float((p.detach().cpu().double() - q.detach()).norm())
             assert error <= allowed * float((q.detach() - (1 - 0.1 * 0.1) * w).norm()) + stored
     assert (vector.detach() < 0).all()
+
+
+def test_muon_of_weights_stored_as_in_out(gpu: Kernels):
+    """Bit for bit what the transposed weight gets, split along its columns."""
+    start, grad = torch.randn(24, 40), torch.randn(24, 40)
+    moved_by = []
+    for transposed in (False, True):
+        w, g = (x.to(gpu.device) for x in ((start.T, grad.T) if transposed else (start, grad)))
+        p = torch.nn.Parameter(w.clone(memory_format=torch.contiguous_format))
+        p.grad = g.contiguous()
+        group = {"params": [p], "split_sizes": (8, 16), "fan_in_fan_out": transposed}
+        sl.Muon([group], lr=0.1, adjust_lr_fn="spectral", backend=gpu.backend).step()
+        moved_by.append(p.detach().cpu())
+    assert torch.equal(moved_by[1].T, moved_by[0])

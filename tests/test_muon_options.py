@@ -260,6 +260,72 @@ def test_transposed_and_sliced_matrices():
         torch.testing.assert_close(p.detach(), params[0].detach(), rtol=WIDE, atol=WIDE)
 
 
+IN_OUT: tuple[dict[str, Any], ...] = (
+    *({"adjust_lr_fn": scale} for scale in (None, "match_rms_adamw", "spectral", "essay", 0.3)),
+    {"split_sizes": (2, 4)},
+    {"num_heads": 3},
+    {"split_sizes": (4, 2), "num_heads": (2, 1), "adjust_lr_fn": "spectral"},
+    {"variant": "normuon"},
+    {"variant": "normuon", "split_sizes": (2, 4)},
+    {"variant": "adamuon", "num_heads": 2},
+    {"cautious_weight_decay": True},
+)
+
+
+def in_and_out(cls: type[Any], shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype, **more: Any) -> Any:
+    """Optimizers after three steps, of a weight [..., out, in] and of the same, stored as [..., in, out]."""
+    w, *grads = normal([shape] * 4, dtype, 0)
+    p, q = copy_of(w), copy_of(w.mT.contiguous())
+    ours = cls([{"params": [p], **options}], lr=0.1, **more)
+    stored = cls([{"params": [q], "fan_in_fan_out": True, **options}], lr=0.1, **more)
+    steps(ours, [p], [[g] for g in grads])
+    steps(stored, [q], [[g.mT.contiguous()] for g in grads])
+    assert q.is_contiguous()
+    assert stored.state[q]["momentum_buffer"].shape == q.shape
+    return ours, stored
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 9), (6, 6), (2, 6, 3)], ids=str)
+@pytest.mark.parametrize("options", [*IN_OUT, {"h": True}, {"h": True, "num_heads": 2}], ids=str)
+def test_weights_stored_as_in_out(options: dict[str, Any], shape: tuple[int, ...], backend: str | None):
+    cls = sl.MuonH if "h" in options else sl.Muon
+    options = {key: value for key, value in options.items() if key != "h"}
+    ours, stored = in_and_out(cls, shape, options, DOUBLE, backend=backend)
+    (p,), (q,) = (optimizer.param_groups[0]["params"] for optimizer in (ours, stored))
+    torch.testing.assert_close(q.detach().mT, p.detach(), rtol=WIDE, atol=WIDE)
+    for name, value in ours.state[p].items():
+        found = stored.state[q][name]
+        # Statistics of neurons are of the matrix, everything else is stored as the weight.
+        found = found if name == "radius" or (options.get("variant") == "normuon" and "second" in name) else found.mT
+        torch.testing.assert_close(found, value, rtol=WIDE, atol=WIDE)
+    twin = cls([{"params": [copy_of(q)], "fan_in_fan_out": True, **options}], backend=backend)
+    twin.load_state_dict(stored.state_dict())
+    assert torch.equal(next(iter(twin.state.values()))["momentum_buffer"], stored.state[q]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (70, 40), (48, 48), (2, 12, 20)], ids=str)
+def test_the_kernels_see_no_difference_in_weights_stored_as_in_out(shape: tuple[int, ...]):
+    """Bit for bit: the same matrix by other strides."""
+    if matrix_unit() == TORCH:
+        pytest.skip("torch's own products may depend on the strides")
+    ours, stored = in_and_out(sl.Muon, shape, {"num_heads": 2}, torch.float32)
+    assert torch.equal(stored.param_groups[0]["params"][0].mT, ours.param_groups[0]["params"][0])
+
+
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw", "spectral", "essay", 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+def test_the_reference_of_weights_stored_as_in_out(scale: str | float, dtype: torch.dtype):
+    w, g, u = normal([(3, 6, 4)] * 3, dtype, 0)
+    v = torch.rand(3, 6, 1, dtype=dtype)
+    for step, states in ((reference.muon, (u,)), (reference.normuon, (u, v))):
+        expected = step(w, g, *states, lr=0.1, adjust_lr_fn=scale)
+        found = step(w.mT, g.mT, u.mT, *states[1:], lr=0.1, adjust_lr_fn=scale, fan_in_fan_out=True)
+        assert found[0].dtype == dtype
+        turned = [found[0].mT, found[1].mT, *found[2:]]
+        assert all(torch.equal(a, b) for a, b in zip(turned, expected, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 3, 4), (3, 0, 2, 2)], ids=str)
 @pytest.mark.parametrize("cls", [sl.Muon, sl.MuonH])
 def test_empty_parameters(cls: type[Any], shape: tuple[int, ...]):
@@ -601,12 +667,13 @@ ROWS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
         r"ns_steps=5 leaves out some of the 6 triples in ns_coefficients, .*ns_steps=None takes all of them",
     ),
     ({"stochastic_rounding": True}, ValueError, r"stochastic_rounding=True is not supported for the matrices of Muon"),
-    ({"capturable": True}, ValueError, r"capturable=True is not supported for the matrices of Muon"),
     ({"differentiable": True}, RuntimeError, r"differentiable=True is not supported"),
     ({"state_dtype": torch.float16}, ValueError, r"state_dtype=torch.float16 is unknown"),
 )
 MUONS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"weight_decay": -1}, ValueError, r"weight decay should be >= 0 but is: -1.0"),
+    ({"capturable": True, "variant": "normuon"}, ValueError, r"capturable=True does not go with variant='normuon'"),
+    ({"capturable": True, "cautious_weight_decay": True}, ValueError, r"cautious_weight_decay=True, expected None and"),
     ({"weight_decay": math.nan}, ValueError, r"weight decay should be >= 0 but is: nan"),
     ({"adjust_lr_fn": "best"}, ValueError, r"Adjust learning rate function 'best' is not supported: .*'spectral'"),
     ({"adjust_lr_fn": 0.0}, ValueError, r"Adjust learning rate function 0.0 is not supported: .*number above 0"),
@@ -621,7 +688,8 @@ MUONS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
         r"adjust_lr_fn='original' does not go with variant='adamuon'",
     ),
 )
-CASES = [(sl.Muon, *row) for row in ROWS + MUONS] + [(sl.MuonH, *row) for row in ROWS]
+MUONHS = (({"capturable": True}, ValueError, r"capturable=True is not supported for the matrices of MuonH, expected"),)
+CASES = [(sl.Muon, *row) for row in ROWS + MUONS] + [(sl.MuonH, *row) for row in ROWS + MUONHS]
 
 
 @pytest.mark.parametrize(("cls", "arguments", "error", "message"), CASES, ids=lambda x: str(x)[:60])
@@ -661,6 +729,21 @@ SHAPE_ROWS: tuple[tuple[tuple[int, ...], dict[str, Any], type[Exception], str], 
     ),
     ((6, 2, 2, 2), {"split_sizes": (2, 2)}, ValueError, r"add up to 4, expected the 6 rows of .*\(6, 2, 2, 2\)"),
     ((5, 6, 4), {"split_sizes": (3, 2)}, ValueError, r"add up to 5, expected the 6 rows"),
+    ((6, 4), {"fan_in_fan_out": 1.5}, TypeError, r"fan_in_fan_out must be True or False, got 1.5"),
+    ((6, 4), {"fan_in_fan_out": None}, TypeError, r"fan_in_fan_out must be True or False, got None"),
+    ((6, 2, 2, 2), {"fan_in_fan_out": True}, ValueError, r"does not go with .*\(6, 2, 2, 2\), which is flattened"),
+    (
+        (6, 4),
+        {"fan_in_fan_out": True, "split_sizes": (3, 3)},
+        ValueError,
+        r"split_sizes=\(3, 3\) add up to 6, expected the 4 columns of .*\(6, 4\)",
+    ),
+    (
+        (6, 4),
+        {"fan_in_fan_out": True, "num_heads": 3},
+        ValueError,
+        r"num_heads=3 does not divide the 4 columns of .*\(6, 4\)",
+    ),
     ((6, 4), {"split_sizes": 6}, TypeError, r"split_sizes must be a sequence of integers of at least 1, got 6"),
     ((6, 4), {"split_sizes": (6, 0)}, TypeError, r"integers of at least 1, got \(6, 0\)"),
     ((6, 4), {"split_sizes": (8, -2)}, TypeError, r"integers of at least 1, got \(8, -2\)"),

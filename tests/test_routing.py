@@ -22,6 +22,7 @@ class Conv1D(nn.Module):
 
     def __init__(self, out: int, width: int) -> None:
         super().__init__()
+        self.nf = out
         self.weight = nn.Parameter(0.02 * torch.randn(width, out))
         self.bias = nn.Parameter(torch.zeros(out))
 
@@ -550,6 +551,39 @@ def test_one_line_makes_a_muonh():
     assert torch.linalg.matrix_norm(weight.detach().double()) == pytest.approx(norm.item(), rel=1e-6)
 
 
+def test_weights_stored_as_in_out():
+    """The optimizer of a GPT-2 of Conv1D moves it as that of linear layers moves the transposed weights."""
+    torch.manual_seed(0)
+    models = GPT2(layer=Conv1D), GPT2()
+    twin = dict(models[1].named_parameters())
+    with torch.no_grad():
+        for name, p in models[0].named_parameters():
+            twin[name].copy_(p.T if name.removesuffix(".weight") in HIDDEN else p)
+    groups = [sl.param_groups(model, split={"*.c_attn": 3}) for model in models]
+    assert [g.get("fan_in_fan_out") for g in groups[0] if g["algorithm"] == "muon"] == [True, True]
+    assert not any("fan_in_fan_out" in g for g in groups[1])
+    reasons = [routes(g)["transformer.h.0.attn.c_attn.weight"][1] for g in groups]
+    assert reasons[0] == "matrix, stored as (in, out), split into 3 × 12 columns"
+    assert reasons[1] == "matrix, split into 3 × 12 rows"
+    optimizers = [sl.Muon(g, lr=0.02, adjust_lr_fn="spectral", backend="reference") for g in groups]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model.double()
+        loss_of(model).backward()
+        optimizer.step()
+    for name, p in models[0].named_parameters():
+        if name.removesuffix(".weight") in HIDDEN:
+            # The gradients are sums of up to a thousand terms in another order, and five steps lift a rounding by 485.
+            torch.testing.assert_close(p.T, twin[name], rtol=0, atol=0.02 * 485 * 1000 * 2.0**-53)
+
+
+def test_other_modules_of_that_name_are_stored_as_they_are():
+    module = Conv1D(6, 4)
+    model = nn.Sequential(module, nn.Linear(6, 6), nn.Linear(6, 2))
+    assert sl.param_groups(model)[0].get("fan_in_fan_out") is True
+    module.nf = 5
+    assert not any("fan_in_fan_out" in group for group in sl.param_groups(model))
+
+
 def test_fused_projections_are_stepped_apart():
     """The first update of an attention's projections is that of three matrices of their own, not of one."""
     torch.manual_seed(0)
@@ -596,7 +630,9 @@ def marked(value: Any, name: str = "weight") -> nn.Module:
         (None, {"rules": {3: "sgd"}}, TypeError, "rules must have globs as its keys, got 3"),
         (None, {"rules": ["*"]}, TypeError, r"rules must be a mapping whose keys are globs, got \['\*'\]"),
         (None, {"split": {"*.wte": 2}}, ValueError, r"split\['\*.wte'\] decides for no parameter with an algorithm of"),
-        (GPT2(layer=Conv1D), {"split": {"*.c_attn": 3}}, ValueError, r"of shape \(12, 36\), stored as"),
+        (GPT2(layer=Conv1D), {"split": {"*.c_attn": 5}}, ValueError, r"does not divide the 36 columns of '.*c_attn"),
+        (GPT2(layer=Conv1D), {"split": {"*.c_attn": (12,)}}, ValueError, r"adds up to 12, expected the 36 columns of"),
+        (GPT2(layer=Conv1D), {"split": {"*.c_attn": "3"}}, TypeError, "equal parts or the columns of each part"),
         (None, {"split": {"*.c_attn": 5}}, ValueError, r"=5 does not divide the 36 rows of '.*c_attn.weight'"),
         (None, {"split": {"*.c_attn": (20, 20)}}, ValueError, r"=\(20, 20\) adds up to 40, expected the 36 rows"),
         (None, {"split": {"*.c_attn": (36, 0)}}, ValueError, r"=\(36, 0\) must be above 0"),

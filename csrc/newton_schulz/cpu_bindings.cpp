@@ -30,6 +30,8 @@ void bind_newton_schulz_cpu(py::module_& m) {
             const Engine* found = cpu_engine(unit.c_str());
             SL_CHECK(found != nullptr, "this processor or build has no matrix unit '", unit, "'");
             const std::vector<Job> jobs = jobs_of(matrices);
+            for (const Job& job : jobs)
+              SL_CHECK(job.muon.rate.address == nullptr, "a learning rate on the device goes with a GPU only");
             const py::gil_scoped_release nogil;
             iteration.run(jobs, *found, threads);
           },

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <deque>
+#include <exception>
 #include <thread>
 
 #include "common/error.h"
@@ -48,9 +49,9 @@ Operands place(const Program& p, char* memory) {
   o.right = take(x_bytes(p));
   for (char*& x : o.right_of_b) x = take(x_bytes(p));
   for (int s = 0; s < p.symmetric; ++s) {
-    o.symmetric_left.push_back(take(symmetric_bytes(p)));
-    o.symmetric_right.push_back(take(symmetric_bytes(p)));
-    o.diagonal.push_back(reinterpret_cast<float*>(take(row_bytes(p))));
+    o.symmetric_left[s] = take(symmetric_bytes(p));
+    o.symmetric_right[s] = take(symmetric_bytes(p));
+    o.diagonal[s] = reinterpret_cast<float*>(take(row_bytes(p)));
   }
   o.row_scale = reinterpret_cast<float*>(take(row_bytes(p)));
   o.partials = reinterpret_cast<double*>(memory);
@@ -136,7 +137,6 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost(jobs[a]) > cost(jobs[b]); });
 
   struct Known {
-    int m_blocks, n_blocks;
     const Options* options;
     Program program;
   };
@@ -144,17 +144,19 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
   std::vector<const Program*> programs(jobs.size());
   size_t largest = 0;
   for (int i : order) {
-    const Program program(jobs[i].rows, jobs[i].cols, *jobs[i].options);
+    const Job& job = jobs[i];
+    const int m_blocks = block_count(std::min(job.rows, job.cols)),
+              n_blocks = block_count(std::max(job.rows, job.cols));
     const auto same = [&](const Known& k) {
-      return k.m_blocks == program.m_blocks && k.n_blocks == program.n_blocks && k.options == jobs[i].options;
+      return k.program.m_blocks == m_blocks && k.program.n_blocks == n_blocks && k.options == job.options;
     };
     auto found = std::find_if(known.begin(), known.end(), same);
     if (found == known.end()) {
-      known.push_back({program.m_blocks, program.n_blocks, jobs[i].options, program});
+      known.push_back({job.options, Program(job.rows, job.cols, *job.options)});
       found = known.end() - 1;
+      largest = std::max(largest, workspace_bytes(found->program));
     }
     programs[i] = &found->program;
-    largest = std::max(largest, workspace_bytes(program));
   }
   if (order.empty()) return;
 
@@ -171,6 +173,8 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
   std::deque<Slot> slots(num_slots);
   std::atomic<size_t> next_job{0};
   std::atomic<size_t> left{order.size()};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
 
   const auto open = [&](size_t s) {
     if (next_job.load(std::memory_order_relaxed) >= order.size()) return false;
@@ -223,13 +227,18 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
 #endif
     char* const scratch = scratch_[thread]->at_least(0);
     engine.enter();
-    int idle = 0;
-    while (left.load(std::memory_order_acquire) > 0) {
-      if (thread < num_slots && !slots[thread].open.load(std::memory_order_acquire) && open(thread)) continue;
-      bool worked = false;
-      for (size_t s = 0; s < num_slots && !worked; ++s) worked = help(slots[(thread + s) % num_slots], scratch);
-      idle = worked ? 0 : idle + 1;
-      if (idle > kSpins) std::this_thread::yield();
+    // An exception that left the region would end the process: the first one is kept, and the others stop.
+    try {
+      int idle = 0;
+      while (left.load(std::memory_order_acquire) > 0 && !failed.load(std::memory_order_relaxed)) {
+        if (thread < num_slots && !slots[thread].open.load(std::memory_order_acquire) && open(thread)) continue;
+        bool worked = false;
+        for (size_t s = 0; s < num_slots && !worked; ++s) worked = help(slots[(thread + s) % num_slots], scratch);
+        idle = worked ? 0 : idle + 1;
+        if (idle > kSpins) std::this_thread::yield();
+      }
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
     }
     engine.leave();
   }
@@ -238,6 +247,7 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
     if (kept + workspace->bytes() > kept_bytes_) workspace->release();
     kept += workspace->bytes();
   }
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace stepladder::newton_schulz

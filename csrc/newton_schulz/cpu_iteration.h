@@ -32,6 +32,7 @@ class CpuIteration {
   explicit CpuIteration(size_t kept_bytes) : kept_bytes_(kept_bytes) {}
 
   // In one parallel region: each thread works on a matrix of its own, and helps with the others' when none is left.
+  // What a task throws is thrown again once all threads have stopped; matrices under way are then undefined.
   void run(const std::vector<Job>& jobs, const Engine& engine, int threads);
 
  private:

@@ -22,14 +22,15 @@ constexpr int kTileBytes = 1024;
 
 // The operands of one matrix in its workspace.
 struct Operands {
-  float* small = nullptr;                              // X in fp32 of a small matrix, in place of its tiles; [32, n]
-  char* left = nullptr;                                // X, k along n; [m/16, n/32] tiles
-  char* right = nullptr;                               // Xᵀ, k along n; [m/16, n/32]
-  char* right_of_b[2] = {};                            // X, k along m; [n/16, m/32]
-  std::vector<char*> symmetric_left, symmetric_right;  // [m/16, m/32]
-  std::vector<float*> diagonal;                        // [m], of the symmetric ones, whose tiles have zeros there
-  float* row_scale = nullptr;                          // [m]
-  double* partials = nullptr;                          // sums of squares, one for each task
+  float* small = nullptr;                     // X in fp32 of a small matrix, in place of its tiles; [32, n]
+  char* left = nullptr;                       // X, k along n; [m/16, n/32] tiles
+  char* right = nullptr;                      // Xᵀ, k along n; [m/16, n/32]
+  char* right_of_b[2] = {};                   // X, k along m; [n/16, m/32]
+  char* symmetric_left[kMaxSymmetric] = {};   // [m/16, m/32]
+  char* symmetric_right[kMaxSymmetric] = {};  // [m/16, m/32]
+  float* diagonal[kMaxSymmetric] = {};        // [m], of the symmetric ones, whose tiles have zeros there
+  float* row_scale = nullptr;                 // [m]
+  double* partials = nullptr;                 // sums of squares, one for each task
 };
 
 // One matrix under way.

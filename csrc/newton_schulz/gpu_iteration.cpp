@@ -68,6 +68,7 @@ MatrixRecord record_of(const Job& job) {
   record.grad_scale = job.muon.grad_scale;
   record.decay = job.muon.decay;
   record.step = job.muon.step;
+  record.rate = job.muon.rate;
   record.averages = job.muon.averages;
   record.nesterov = job.muon.nesterov;
   return record;

@@ -6,6 +6,7 @@
 
 #include "common/dtype.h"
 #include "common/gpu_runtime.h"
+#include "newton_schulz/matrix.h"
 
 namespace stepladder::newton_schulz {
 
@@ -37,6 +38,7 @@ struct MatrixRecord {
   // What Muon does around the iteration; see matrix.h.
   float weight, grad_weight, grad_scale, decay, step;
   int32_t averages, nesterov, unused;
+  Rate rate;
 
   // Elements from row to row of a buffer: whole vectors of 16 bytes, padded with zeros.
   SL_HD int64_t iterate_stride() const { return (columns + 7) / 8 * 8; }

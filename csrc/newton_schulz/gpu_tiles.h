@@ -187,20 +187,39 @@ SL_DEVICE void gather(const MatrixRecord& matrix, int row, int column, double fa
   });
 }
 
+// What becomes of a parameter w and an orthogonal factor o: decay w - step o.
+struct Move {
+  float decay, step;
+
+  // As the host makes them of a number.
+  SL_DEVICE static Move of(const MatrixRecord& matrix) {
+    const Rate& rate = matrix.rate;
+    if (rate.address == nullptr) return {matrix.decay, matrix.step};
+    const double lr = rate.is_double ? *static_cast<const double*>(rate.address)
+                                     : static_cast<double>(*static_cast<const float*>(rate.address));
+    return {static_cast<float>(1.0 - lr * rate.weight_decay), static_cast<float>(lr * rate.scale)};
+  }
+};
+
 template <class T>
-SL_DEVICE void write_element(const MatrixRecord& matrix, int row, int column, float value) {
+SL_DEVICE void write_element(const MatrixRecord& matrix, const Move& move, int row, int column, float value) {
   if (row >= matrix.rows || column >= matrix.columns) return;
   T* const to = static_cast<T*>(matrix.out.data) + matrix.out.offset(row, column);
-  if (matrix.momentum.data != nullptr) value = matrix.decay * load_as<float>(*to) - matrix.step * value;
+  if (matrix.momentum.data != nullptr) {
+    // A learning rate of 0 leaves what is there, bit for bit, whatever the factor is.
+    if (move.step == 0.0f) return;
+    value = move.decay * load_as<float>(*to) - move.step * value;
+  }
   store_as(to, value);
 }
 
 // A warp's tile, whose corner is at (row, column), to memory.
 template <class T, class Part>
 SL_DEVICE void write_output_as(const MatrixRecord& matrix, int row, int column, Part& tile) {
+  const Move move = Move::of(matrix);
   tile.for_pairs([&](int r, int c, float& low, float& high) {
-    write_element<T>(matrix, row + r, column + c, low);
-    write_element<T>(matrix, row + r, column + c + 1, high);
+    write_element<T>(matrix, move, row + r, column + c, low);
+    write_element<T>(matrix, move, row + r, column + c + 1, high);
   });
 }
 

@@ -30,6 +30,13 @@ struct Options {
   bool gram = false;  // the Gram form, else the standard one
 };
 
+// A learning rate on the device, read there when the kernels run, and what it is multiplied by.
+struct Rate {
+  const void* address = nullptr;
+  int64_t is_double = 0;
+  double weight_decay = 0.0, scale = 1.0;
+};
+
 // How a matrix of Muon's goes in and out: its momentum is updated as its gradient is read, and the parameter as the
 // orthogonal factor is written.
 struct Muon {
@@ -42,6 +49,7 @@ struct Muon {
   float grad_scale = 1.0f;
   float decay = 1.0f;  // what the parameter is multiplied by
   float step = 0.0f;   // what is subtracted for each unit of the factor
+  Rate rate;           // where it has an address, decay and step are made of it; on a GPU only
 };
 
 struct Job {

@@ -2,18 +2,21 @@
 
 #include <algorithm>
 
+#include "common/error.h"
+
 namespace stepladder::newton_schulz {
 
 Program::Program(int64_t rows, int64_t cols, const Options& options) {
   const int64_t m = std::min(rows, cols), n = std::max(rows, cols);
-  m_blocks = static_cast<int>((m + kBlock - 1) / kBlock);
-  n_blocks = static_cast<int>((n + kBlock - 1) / kBlock);
+  m_blocks = block_count(m);
+  n_blocks = block_count(n);
   // Small matrices in smaller parts, so that several threads find work.
   macro = m_blocks >= 4 * kMacro ? kMacro : kMacro / 2;
   add({Phase::norm});
   add({Phase::pack});
   small = m_blocks == 1;
   small ? add({Phase::small}) : add_packed(options);
+  SL_CHECK(symmetric <= kMaxSymmetric, symmetric, " symmetric buffers, expected at most ", kMaxSymmetric);
 }
 
 void Program::add_packed(const Options& options) {

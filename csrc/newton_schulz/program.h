@@ -12,9 +12,12 @@
 
 namespace stepladder::newton_schulz {
 
-constexpr int kBlock = 32;     // rows and columns of the blocks in which products are computed
-constexpr int kMacro = 4;      // blocks a side of what a task computes, at the most
-constexpr int kPackCols = 16;  // blocks in a row that a task packs
+constexpr int kBlock = 32;        // rows and columns of the blocks in which products are computed
+constexpr int kMacro = 4;         // blocks a side of what a task computes, at the most
+constexpr int kPackCols = 16;     // blocks in a row that a task packs
+constexpr int kMaxSymmetric = 5;  // symmetric buffers, those of the Gram form
+
+constexpr int block_count(int64_t side) { return static_cast<int>((side + kBlock - 1) / kBlock); }
 
 enum class Phase : int32_t {
   norm,      // momentum; sums of squares

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include "common/error.h"
@@ -17,8 +18,10 @@ namespace stepladder::newton_schulz {
 
 // Address, dtype, row stride, column stride.
 using PyView = std::tuple<uintptr_t, std::string, int64_t, int64_t>;
-// Buffer, momentum, whether it averages, Nesterov's form, the gradient's scale, decay, step.
-using PyMuon = std::tuple<PyView, double, bool, bool, double, double, double>;
+// Address of a learning rate on the device, whether it is a double, weight decay, scale.
+using PyRate = std::tuple<uintptr_t, bool, double, double>;
+// Buffer, momentum, whether it averages, Nesterov's form, the gradient's scale, decay, step or what makes both.
+using PyMuon = std::tuple<PyView, double, bool, bool, double, double, std::variant<double, PyRate>>;
 // Rows, columns, in, out, options, and what Muon adds or None.
 using PyMatrix = std::tuple<int64_t, int64_t, PyView, PyView, std::shared_ptr<Options>, std::optional<PyMuon>>;
 
@@ -56,7 +59,12 @@ inline std::vector<Job> jobs_of(const std::vector<PyMatrix>& matrices) {
       muon.nesterov = nesterov;
       muon.grad_scale = static_cast<float>(grad_scale);
       muon.decay = static_cast<float>(decay);
-      muon.step = static_cast<float>(step);
+      if (const double* number = std::get_if<double>(&step)) {
+        muon.step = static_cast<float>(*number);
+      } else {
+        const auto& [address, is_double, weight_decay, scale] = std::get<PyRate>(step);
+        muon.rate = {reinterpret_cast<const void*>(address), is_double, weight_decay, scale};
+      }
     }
     jobs.push_back(job);
   }

@@ -96,7 +96,8 @@ class NewtonSchulzOptions:
     ) -> None: ...
 
 _View = tuple[int, str, int, int]
-_Muon = tuple[_View, float, bool, bool, float, float, float]
+_Rate = tuple[int, bool, float, float]
+_Muon = tuple[_View, float, bool, bool, float, float, float | _Rate]
 _Matrix = tuple[int, int, _View, _View, NewtonSchulzOptions, _Muon | None]
 
 class NewtonSchulzCpu:

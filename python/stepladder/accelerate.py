@@ -12,6 +12,7 @@ from stepladder import backends, optim
 from stepladder.optim import checks
 from stepladder.optim.base import Optimizer
 from stepladder.optim.engine import Engine, WatchedState
+from stepladder.optim.mixed import Mixed, MixedEngine
 
 T = TypeVar("T", bound=torch.optim.Optimizer)
 
@@ -39,7 +40,11 @@ class Accelerated(WatchedState, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._engine = Engine(self._family, self._backend, None)
+        self._engine = _engine(self._family, self._backend)
+
+
+def _engine(family: type[Optimizer], backend: str | None) -> Engine:
+    return MixedEngine(family, backend, None) if issubclass(family, Mixed) else Engine(family, backend, None)
 
 
 class AcceleratedSGD(Accelerated, torch.optim.SGD):
@@ -72,12 +77,19 @@ class AcceleratedAdamW(Accelerated, torch.optim.AdamW):
     _family = optim.AdamW
 
 
+class AcceleratedMuon(Accelerated, torch.optim.Muon):
+    """torch.optim.Muon with the kernels' step()."""
+
+    _family = optim.Muon
+
+
 _CLASSES: dict[type[torch.optim.Optimizer], type[Accelerated]] = {
     torch.optim.SGD: AcceleratedSGD,
     torch.optim.Adagrad: AcceleratedAdagrad,
     torch.optim.RMSprop: AcceleratedRMSprop,
     torch.optim.Adam: AcceleratedAdam,
     torch.optim.AdamW: AcceleratedAdamW,
+    torch.optim.Muon: AcceleratedMuon,
 }
 
 
@@ -88,7 +100,7 @@ def accelerate(optimizer: T, *, backend: str | None = None) -> T:
     changed in place.
 
     Args:
-        optimizer: Exactly a torch.optim.SGD, Adagrad, RMSprop, Adam or AdamW. One of this package's, or one
+        optimizer: Exactly a torch.optim.SGD, Adagrad, RMSprop, Adam, AdamW or Muon. One of this package's, or one
             that is accelerated already, is returned as it is.
         backend: As the constructors of this package take it.
 
@@ -98,6 +110,7 @@ def accelerate(optimizer: T, *, backend: str | None = None) -> T:
     Raises:
         TypeError: Its class, or a step() patched onto the instance, cannot be served.
         RuntimeError: An option cannot be served, or the backend cannot run here.
+        ValueError: A hyper-parameter is out of range, or a group asks for another algorithm than its optimizer's.
     """
     if isinstance(optimizer, (Optimizer, Accelerated)):
         return optimizer
@@ -106,7 +119,13 @@ def accelerate(optimizer: T, *, backend: str | None = None) -> T:
         names = ", ".join(f"torch.optim.{known.__name__}" for known in _CLASSES)
         raise TypeError(f"cannot accelerate a {type(optimizer).__qualname__}, expected exactly one of {names}")
     backends.check_available(backend)
-    for group in optimizer.param_groups:
+    for index, group in enumerate(optimizer.param_groups):
+        if cls._family.of(group) is not cls._family:
+            # torch's does not know the key; a step would not be its own any more.
+            raise ValueError(
+                f"group {index} of a torch.optim.{cls._family.__name__} has algorithm={group['algorithm']!r}, expected "
+                f"none: construct stepladder.{cls._family.__name__} for several algorithms"
+            )
         cls._family.check(group)
         checks.options(group)
     patched = optimizer.__dict__.get("step")
@@ -115,7 +134,7 @@ def accelerate(optimizer: T, *, backend: str | None = None) -> T:
 
     optimizer.__class__ = cls  # type: ignore[assignment]
     optimizer._backend = backend  # type: ignore[attr-defined]
-    optimizer._engine = Engine(cls._family, backend, None)  # type: ignore[attr-defined]
+    optimizer._engine = _engine(cls._family, backend)  # type: ignore[attr-defined]
     optimizer._patch_step_function()
     if patched is not None:
         _track_calls(optimizer)

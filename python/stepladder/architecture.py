@@ -238,12 +238,17 @@ def is_convolution(member: Member) -> bool:
 
 def is_transposed(member: Member) -> bool:
     """Whether a matrix is stored as (in, out), as the Conv1D of GPT-2's published code does."""
-    return type(member.places[0].module).__name__ == "Conv1D" and member.param.ndim == 2
+    return _is_conv1d(member.places[0].module) and member.places[0].leaf == "weight"
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D: a linear layer to `nf` features, with a weight [in, nf]."""
+    weight, features = module._parameters.get("weight"), getattr(module, "nf", None)
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.shape[1:] == (features,)
 
 
 def _is_linear(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and weight is not None)
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
 def _alike(layer: nn.Module, other: nn.Module | None) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepladder import _C, backends
 from stepladder.backends import current_stream
+from stepladder.choices import gram_from
 from stepladder.coefficients import Coefficients, CoefficientSet, resolve
 from stepladder.reference.newton_schulz import METHODS, iterate
 
@@ -145,7 +146,7 @@ def orthogonalise(
 
 
 def form_for(method: str, shape: torch.Size, unit: str, chosen: CoefficientSet) -> str:
-    """The form in which matrices [..., m, n] are iterated on.
+    """The form in which matrices [..., m, n] are iterated on; "auto" goes by what was measured (choices.csv).
 
     A set with the AOL prescale takes the standard form always: it has no margin, and where rows are nearly alike the
     roundings of a Gram matrix all go the same way, beyond where two steps in a row converge.
@@ -155,7 +156,7 @@ def form_for(method: str, shape: torch.Size, unit: str, chosen: CoefficientSet) 
     if method != "auto":
         return method
     m, n = sorted(shape[-2:])
-    return "gram" if n >= 2 * m and unit != TORCH else "standard"
+    return "gram" if unit != TORCH and n >= gram_from(unit, m) * m else "standard"
 
 
 def matrix_unit() -> str:
@@ -188,8 +189,10 @@ def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: flo
 
 # Address, dtype, strides of rows and columns.
 View = tuple[int, str, int, int]
-# Buffer, momentum, whether it averages, Nesterov's form, the gradient's scale, decay, step.
-MuonPart = tuple[View, float, bool, bool, float, float, float]
+# Address of a learning rate on the device, whether it is a double, weight decay, scale.
+Rate = tuple[int, bool, float, float]
+# Buffer, momentum, whether it averages, Nesterov's form, the gradient's scale, decay, step or what makes both.
+MuonPart = tuple[View, float, bool, bool, float, float, float | Rate]
 # Rows, columns, in, out, options, and what Muon adds.
 Matrix = tuple[int, int, View, View, _C.NewtonSchulzOptions, MuonPart | None]
 
@@ -213,6 +216,16 @@ def options_of(chosen: CoefficientSet, eps: float, form: str) -> _C.NewtonSchulz
 _kept = threading.local()
 
 
+def kept_iterations() -> list[object]:
+    """This thread's iterations; graphs that were captured point into their memory."""
+    return list(getattr(_kept, "iterations", {}).values())
+
+
+def workspace(size: int, device: torch.device) -> Tensor:
+    """Bytes on a GPU; of a captured call they lie in the graph's own pool, which no one else gets."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
 def run_compiled(matrices: list[Matrix], backend: str, device: torch.device) -> None:
     """Run the compiled kernels on all matrices together, which lie on this device."""
     if not hasattr(_kept, "iterations"):
@@ -229,7 +242,7 @@ def run_compiled(matrices: list[Matrix], backend: str, device: torch.device) -> 
     workspaces: list[Tensor] = []
 
     def allocate(count: int) -> int:
-        workspaces.append(torch.empty(count, dtype=torch.uint8, device=device))
+        workspaces.append(workspace(count, device))
         return workspaces[-1].data_ptr()
 
     _kept.iterations[key].run(matrices, allocate, current_stream(index))

@@ -161,7 +161,8 @@ def param_groups(
             "algorithm" leaves that open.
         split: By such globs, the rows of each of several matrices that stand below each other in one parameter,
             as in a fused projection, or a number of equal ones: {"*.qkv": 3}. nn.MultiheadAttention, nn.LSTM,
-            nn.GRU and grouped convolutions need no entry.
+            nn.GRU and grouped convolutions need no entry. Of a Conv1D of transformers, which stores its weight as
+            (in, out) and gets fan_in_fan_out=True, they are the columns.
         decay_vectors: False sets weight_decay=0 for vectors and norms.
         print_table: Print parameter, shape, algorithm and reason of each.
         options: For each algorithm what its groups are to have: muon={"lr": 0.02}, adamw={"lr": 3e-4}.
@@ -318,17 +319,15 @@ class _Router:
         if len(shape) == 3 and is_convolution(member):
             keys["flatten"] = True
         rows, name = shape[0] if len(shape) != 3 or keys else shape[1], member.places[0].name
+        if is_transposed(member):
+            keys["fan_in_fan_out"] = True
+            rows = shape[1]
         glob = next((glob for glob in self.split if _matches(glob, member)), None)
         parts = parts_by_structure(member)
         if glob is not None:
             label = f"split[{glob!r}]"
             self.used.add(label)
-            if is_transposed(member):
-                raise ValueError(
-                    f"{label}={self.split[glob]!r} is for {name!r} of shape {tuple(shape)}, stored as (in, out): its "
-                    "parts are columns, expected a weight with the outputs as its rows"
-                )
-            keys["split_sizes"] = _sizes(label, self.split[glob], name, rows)
+            keys["split_sizes"] = _sizes(label, self.split[glob], name, rows, _lines(keys))
         elif parts > 1 and is_convolution(member):
             keys["num_heads"] = parts
         elif parts > 1:
@@ -384,27 +383,32 @@ def _matches(glob: str, member: Member) -> bool:
     return any(fnmatchcase(path, glob) for place in member.places for path in (place.name, *place.around) if path)
 
 
-def _sizes(label: str, given: Any, name: str, rows: int) -> tuple[int, ...]:
+def _sizes(label: str, given: Any, name: str, rows: int, lines: str) -> tuple[int, ...]:
     equal = isinstance(given, numbers.Integral)
     sizes = [given] if equal else given
     if not isinstance(sizes, (tuple, list)) or not sizes:
-        raise TypeError(f"{label} must be a number of equal parts or the rows of each part, got {given!r}")
+        raise TypeError(f"{label} must be a number of equal parts or the {lines} of each part, got {given!r}")
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, numbers.Integral):
             raise TypeError(f"{label} must have integers, got {size!r}")
         if size < 1:
             raise ValueError(f"{label}={given!r} must be above 0")
     if equal and rows % given:
-        raise ValueError(f"{label}={given!r} does not divide the {rows} rows of {name!r}")
+        raise ValueError(f"{label}={given!r} does not divide the {rows} {lines} of {name!r}")
     if not equal and sum(sizes) != rows:
-        raise ValueError(f"{label}={given!r} adds up to {sum(sizes)}, expected the {rows} rows of {name!r}")
+        raise ValueError(f"{label}={given!r} adds up to {sum(sizes)}, expected the {rows} {lines} of {name!r}")
     return (rows // int(given),) * int(given) if equal else tuple(map(int, sizes))
+
+
+def _lines(keys: Mapping[str, Any]) -> str:
+    """What the rows of the matrix are in the parameter."""
+    return "columns" if keys.get("fan_in_fan_out") else "rows"
 
 
 def _in_words(keys: Mapping[str, Any]) -> str:
     sizes = keys.get("split_sizes", ())
     if len(set(sizes)) == 1:
-        return f", split into {len(sizes)} × {sizes[0]} rows"
+        return f", split into {len(sizes)} × {sizes[0]} {_lines(keys)}"
     if sizes:
-        return f", split into {' + '.join(map(str, sizes))} rows"
+        return f", split into {' + '.join(map(str, sizes))} {_lines(keys)}"
     return f", split into {keys['num_heads']} groups" if "num_heads" in keys else ""

@@ -351,7 +351,7 @@ class Engine:
         """Refuse to be captured where a replay would not do what a step does."""
         name = self.family.__name__
         for index, group in enumerate(optimizer.param_groups):
-            for key in RULES[self.family.of(group).rule(group)]["hyper"]:
+            for key in self._hyper_keys(group):
                 values = group[key] if isinstance(group[key], (tuple, list)) else (group[key],)
                 if key != "lr" and any(is_on_gpu(value) for value in values):
                     raise RuntimeError(
@@ -370,6 +370,11 @@ class Engine:
                         f"{name}.step() is being captured into a CUDA graph, but {where} of group {index} has no "
                         "gradient: a replay could not step it once it has one. Give it a gradient, or freeze it"
                     )
+
+    def _hyper_keys(self, group: Group) -> list[str]:
+        """The keys of a group whose values a step reads."""
+        keys: list[str] = RULES[self.family.of(group).rule(group)]["hyper"]
+        return keys
 
     def _refresh(self, optimizer: torch.optim.Optimizer) -> list[int] | None:
         touched = optimizer._state_touched  # type: ignore[attr-defined]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,13 +23,17 @@ from stepladder.newton_schulz import (
 )
 from stepladder.reference.muon import adamuon_update, frobenius, normuon_update
 
+DOUBLE = torch.float64
+
 
 @dataclass(frozen=True, slots=True)
 class MuonSettings:
     """What a group says about its matrices; see `stepladder.Muon` for most of it.
 
     Attributes:
+        lr: NaN where the kernels read it from `rate`.
         sign: -1 to ascend.
+        rate: The learning rate in a tensor on the device.
     """
 
     lr: float
@@ -45,6 +49,7 @@ class MuonSettings:
     beta2: float
     cautious_weight_decay: bool
     sign: float
+    rate: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -85,11 +90,13 @@ class MatrixLayout:
         order: Dimensions in memory order, where all but the first are flattened; None where they stay.
         split_sizes: Rows of each part, or None.
         heads: For each part how many equal matrices its rows make, or None.
+        transposed: Stored as (in, out), so that its columns are the rows of the matrix.
     """
 
     order: tuple[int, ...] | None
     split_sizes: tuple[int, ...] | None
     heads: tuple[int, ...] | None
+    transposed: bool = False
 
     def matrices(self, x: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
         """A tensor of the parameter's shape as its parts, each [..., m, n].
@@ -105,6 +112,8 @@ class MatrixLayout:
             if x.numel() and flat.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
                 copied = flat, x
             x = flat
+        if self.transposed:
+            x = x.mT
         parts = list(torch.split(x, list(self.split_sizes), -2)) if self.split_sizes is not None else [x]
         if self.heads is not None:
             parts = [torch.unflatten(part, -2, (h, -1)) for part, h in zip(parts, self.heads, strict=True)]
@@ -164,8 +173,19 @@ def _fuses(job: MuonJob, unit: str) -> bool:
     s = job.settings
     plain = s.variant is None and job.radius is None and not s.cautious_weight_decay
     compiled = job.backend == "cuda" or (job.backend == "cpu" and unit != TORCH)
-    stored = all(x.dtype in KERNEL_DTYPES for x in (job.param, job.grad, job.buffer))
-    return plain and compiled and stored and s.lr != 0.0
+    return plain and compiled and are_stored([job.param, job.grad, job.buffer]) and s.lr != 0.0
+
+
+def are_stored(tensors: Iterable[Tensor]) -> bool:
+    """Whether the compiled kernels read and write these dtypes."""
+    return all(x.dtype in KERNEL_DTYPES for x in tensors)
+
+
+def reads_rate(lr: Any, tensors: Sequence[Tensor], backend: str) -> bool:
+    """Whether the kernels that step a parameter, its gradient and momentum can read the learning rate themselves."""
+    if backend != "cuda" or not isinstance(lr, Tensor) or lr.dtype not in (torch.float32, DOUBLE):
+        return False
+    return lr.numel() == 1 and lr.device == tensors[0].device and are_stored(tensors)
 
 
 def _step_fused(jobs: list[MuonJob], factor: float, unit: str) -> None:
@@ -186,7 +206,9 @@ def _step_fused(jobs: list[MuonJob], factor: float, unit: str) -> None:
             if key not in options:
                 options[key] = options_of(sets[which], s.eps, form)
             averages = s.momentum_form == "ema"
-            how = s.momentum, averages, s.nesterov, factor * s.sign, 1.0 - s.lr * s.weight_decay, s.lr * job.scale
+            decay, step = 1.0 - s.lr * s.weight_decay, s.lr * job.scale
+            made = step if s.rate is None else (s.rate.data_ptr(), s.rate.dtype == DOUBLE, s.weight_decay, job.scale)
+            how = s.momentum, averages, s.nesterov, factor * s.sign, decay, made
             for w, g, u in zip(views_of(job.param), views_of(grad), views_of(job.buffer), strict=True):
                 matrices.append((job.param.shape[-2], job.param.shape[-1], g, w, options[key], (u, *how)))
         run_compiled(matrices, backend, device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepladder import backends, reference
+from stepladder.newton_schulz import kept_iterations
 from stepladder.optim.adamw import AdamW
 from stepladder.optim.base import SHARED_OPTIONS, Group, Optimizer
 from stepladder.optim.engine import (
@@ -90,6 +91,11 @@ class Mixed(Optimizer):
     @classmethod
     def check_backends(cls, chosen: set[str]) -> None:
         """Raise where one of the backends that matrices were given to could not run."""
+
+    @classmethod
+    @abstractmethod
+    def check_capture(cls, param: Tensor, group: Group, state: dict[str, Any], backend: str, where: str) -> None:
+        """Raise RuntimeError for matrices whose step cannot be captured into a CUDA graph."""
 
     @classmethod
     @abstractmethod
@@ -174,7 +180,7 @@ class MixedEngine(Engine):
     """Steps the matrices of an optimizer together, and its other groups by their rules.
 
     All groups are checked before anything is written. GradScaler's skip and scale, and the norm of `max_norm`, are
-    waited for on a GPU.
+    waited for on a GPU, so that neither goes with a capture.
     """
 
     family: type[Mixed]
@@ -183,15 +189,23 @@ class MixedEngine(Engine):
         # Clipping takes all groups together, so it is not for the elementwise part to do.
         super().__init__(family, backend, None)
         self._limit = max_norm
+        # What captured graphs point into, beside the plan.
+        self._captured: dict[int, object] = {}
 
     def step(self, optimizer: torch.optim.Optimizer, factor: float | None = None) -> None:
         found_inf: Any = getattr(optimizer, "found_inf", None)
         grad_scale: Any = getattr(optimizer, "grad_scale", None)
+        capturing = is_capturing()
+        if capturing:
+            self._check_capture(optimizer)
+            if found_inf is not None or grad_scale is not None or self._limit is not None:
+                raise RuntimeError(
+                    f"{self.family.__name__}.step() with a GradScaler or max_norm waits for the GPU, and cannot be "
+                    f"captured into a CUDA graph: max_norm={self._limit}, grad_scale={grad_scale}"
+                )
         if found_inf is not None and float(found_inf) != 0.0:
             return
-        if is_capturing():
-            raise RuntimeError(f"{self.family.__name__}.step() cannot be captured into a CUDA graph")
-        tasks = self._check(optimizer)
+        tasks = self._check(optimizer, capturing)
         inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
         if self._limit is not None:
             self._grad_norm = self._total_norm(optimizer, 1.0 if inverse_scale is None else inverse_scale)
@@ -200,8 +214,15 @@ class MixedEngine(Engine):
             super().step(optimizer, factor)
         if tasks:
             self._step_matrices(optimizer, tasks, inverse_scale, 1.0 if factor is None else factor)
+        if capturing:
+            self._captured |= {id(iteration): iteration for iteration in kept_iterations()}
 
-    def _check(self, optimizer: torch.optim.Optimizer) -> list[Task]:
+    def _hyper_keys(self, group: Group) -> list[str]:
+        if self.family.of(group) is not self.family:
+            return super()._hyper_keys(group)
+        return sorted(self.family.hyper_keys() & group.keys())
+
+    def _check(self, optimizer: torch.optim.Optimizer, capturing: bool) -> list[Task]:
         """Check all groups, and the matrices that have a gradient; returns these."""
         # Not by the property, which would have the states of the other groups looked at again.
         states = optimizer.__dict__["state"]
@@ -213,7 +234,10 @@ class MixedEngine(Engine):
             if not isinstance(params, (list, tuple)):
                 raise TypeError(f"params of group {index} are a {type(params).__name__}, expected a list")
             family = self.family.of(group)
-            family.check(group)
+            lr = group.get("lr")
+            # A rate that the kernels read is not waited for.
+            on_device = isinstance(lr, Tensor) and lr.numel() == 1 and lr.device.type != "cpu"
+            family.check(group | {"lr": 0.0} if on_device and group.get("capturable") else group)
             for position, param in enumerate(params if family is self.family else ()):
                 if param.grad is None:
                     continue
@@ -224,6 +248,8 @@ class MixedEngine(Engine):
                 state = states.get(param, {})
                 self.family.check_shape(param, group, where)
                 backend = check_tensors(param, state, self.family, group, self.backend, where)
+                if capturing:
+                    self.family.check_capture(param, group, state, backend, where)
                 if missing_states(self.family, state, group):
                     self.family.check_start(param, group, where)
                 tasks.append((param, group, backend))

@@ -37,6 +37,9 @@ class Muon(Orthogonalized):
       for each. The groups of a grouped convolution likewise.
     - flatten: True flattens three dimensions too, as of a one-dimensional convolution; False makes batches of more
       than three.
+    - fan_in_fan_out: True for weights that are stored as (in, out), as in GPT-2's Conv1D. The matrix is then the
+      transposed one: `split_sizes` and `num_heads` are of its rows, the columns of what is stored, and s has m outputs
+      and n inputs.
 
     Args:
         params: Parameters, named parameters, or groups of them; real.
@@ -59,8 +62,9 @@ class Muon(Orthogonalized):
             ‖O‖F. "adamuon": v ← β₂v + (1 − β₂)O², O/(√v + 1e-8) rescaled to 0.2√(mn), in place of s.
         beta2: β₂ of a variant.
         cautious_weight_decay: Decay only the elements that the update does not move away from zero.
-        options: See `stepladder.optim.base.Options`, but for `stochastic_rounding` and `capturable`. `max_norm`
-            clips the norm of all groups together.
+        options: See `stepladder.optim.base.Options`, but for `stochastic_rounding`. `max_norm` clips the norm of all
+            groups together. `capturable` goes with the backend "cuda" alone, and with no variant: a captured step
+            reads a learning rate in a tensor on the GPU at each replay.
 
     Raises:
         ValueError: A hyper-parameter is out of range, or a shape does not fit.
@@ -72,6 +76,7 @@ class Muon(Orthogonalized):
     """
 
     algorithm = "muon"
+    can_be_captured = True
     optional_states = frozenset({"second_momentum_buffer"})
     keys = frozenset(
         {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}
@@ -131,6 +136,11 @@ class Muon(Orthogonalized):
             )
         choice(group, "variant", VARIANTS)
         checks.at_least_zero(group, "beta2", "beta2 value", below=1.0)
+        if group.get("capturable") and (group["variant"] is not None or group["cautious_weight_decay"]):
+            raise ValueError(
+                f"capturable=True does not go with variant={group['variant']!r} and "
+                f"cautious_weight_decay={group['cautious_weight_decay']!r}, expected None and False"
+            )
         if group["variant"] == "adamuon" and fn is not None:
             raise ValueError(
                 f"adjust_lr_fn={fn!r} does not go with variant='adamuon', which scales updates itself: expected None"

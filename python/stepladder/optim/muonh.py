@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from stepladder.coefficients import Coefficients
 from stepladder.optim.base import Group, Optimizer, Options, Params
+from stepladder.optim.matrix import MuonSettings
 from stepladder.optim.orthogonalized import EXTRAS, Orthogonalized, given, layout_of
 from stepladder.reference.muon import frobenius
 
@@ -117,9 +116,9 @@ class MuonH(Orthogonalized):
         return Optimizer.initial_state(name, param, group, dtype)
 
     @classmethod
-    def settings(cls, group: Group) -> Any:
+    def settings(cls, group: Group, rate: Tensor | None = None) -> MuonSettings:
         own: Group = {key: value for key, value in group.items() if key in cls.hyper_keys()}
-        return super().settings(own)
+        return super().settings(own, rate)
 
 
 @torch.no_grad()

@@ -15,7 +15,15 @@ from stepladder.newton_schulz import matrix_unit
 from stepladder.optim import checks
 from stepladder.optim.base import Group
 from stepladder.optim.engine import has_internal_overlap
-from stepladder.optim.matrix import MatrixLayout, MuonJob, MuonSettings, memory_order, muon_step
+from stepladder.optim.matrix import (
+    MatrixLayout,
+    MuonJob,
+    MuonSettings,
+    are_stored,
+    memory_order,
+    muon_step,
+    reads_rate,
+)
 from stepladder.optim.mixed import Mixed, Task
 from stepladder.reference.newton_schulz import METHODS
 
@@ -31,6 +39,7 @@ EXTRAS: Group = {
     "split_sizes": None,
     "num_heads": None,
     "flatten": None,
+    "fan_in_fan_out": False,
 }
 
 
@@ -106,8 +115,11 @@ def layout_of(param: Tensor, group: Group, where: str, optimizer: str) -> Matrix
         ValueError: The parameter has fewer than two dimensions, or its rows are not what the group says.
     """
     flatten, sizes, heads = (group.get(key) for key in ("flatten", "split_sizes", "num_heads"))
+    transposed = group.get("fan_in_fan_out", False)
     if flatten not in (None, True, False):
         raise TypeError(f"flatten must be True, False or None, got {flatten!r}")
+    if transposed not in (True, False):
+        raise TypeError(f"fan_in_fan_out must be True or False, got {transposed!r}")
     if param.ndim < 2:
         raise ValueError(
             f"{optimizer} only supports parameters of 2 or more dimensions whereas we found {where} with size "
@@ -118,13 +130,19 @@ def layout_of(param: Tensor, group: Group, where: str, optimizer: str) -> Matrix
     if flat:
         # Statistics of columns are kept in the order of the dimensions, whatever the memory format.
         order = tuple(range(param.ndim)) if group.get("variant") == "normuon" else memory_order(param)
-    rows = param.shape[0] if flat else param.shape[-2]
+    if flat and transposed:
+        raise ValueError(
+            f"fan_in_fan_out=True does not go with {where} of size {tuple(param.shape)}, which is flattened: expected "
+            "two dimensions, or a batch of matrices with flatten=False"
+        )
+    rows = param.shape[0] if flat else param.shape[-1 if transposed else -2]
+    lines = "columns" if transposed else "rows"
     if sizes is not None:
         if not counts(sizes):
             raise TypeError(f"split_sizes must be a sequence of integers of at least 1, got {sizes!r}")
         if sum(sizes) != rows:
             raise ValueError(
-                f"split_sizes={sizes!r} add up to {sum(sizes)}, expected the {rows} rows of {where} of size "
+                f"split_sizes={sizes!r} add up to {sum(sizes)}, expected the {rows} {lines} of {where} of size "
                 f"{tuple(param.shape)}"
             )
     parts = (rows,) if sizes is None else tuple(sizes)
@@ -137,10 +155,10 @@ def layout_of(param: Tensor, group: Group, where: str, optimizer: str) -> Matrix
         for part, count in zip(parts, each, strict=True):
             if part % count:
                 raise ValueError(
-                    f"num_heads={heads!r} does not divide the {part} rows of {where} of size {tuple(param.shape)}"
+                    f"num_heads={heads!r} does not divide the {part} {lines} of {where} of size {tuple(param.shape)}"
                 )
         heads = each
-    return MatrixLayout(order, None if sizes is None else parts, heads)
+    return MatrixLayout(order, None if sizes is None else parts, heads, transposed)
 
 
 def shape_of_parts(shapes: Sequence[torch.Size]) -> torch.Size:
@@ -202,6 +220,8 @@ class Orthogonalized(Mixed):
     late_keys = frozenset(EXTRAS)
     # What torch.optim.Muon has too.
     keys: ClassVar[frozenset[str]]
+    # Whether a step may be captured into a CUDA graph: it must be one call of the kernels.
+    can_be_captured: ClassVar[bool] = False
 
     @classmethod
     def check_matrices(cls, group: Group) -> None:
@@ -213,7 +233,7 @@ class Orthogonalized(Mixed):
         choice(group, "ns_method", METHODS)
         check_iteration(group)
         for option in ("stochastic_rounding", "capturable"):
-            if group.get(option):
+            if group.get(option) and not (option == "capturable" and cls.can_be_captured):
                 raise ValueError(
                     f"{option}=True is not supported for the matrices of {cls.__name__}, expected False: give it to "
                     "the groups with another algorithm"
@@ -248,11 +268,35 @@ class Orthogonalized(Mixed):
         return param.shape if shapes is None else shape_of_parts(shapes)
 
     @classmethod
-    def settings(cls, group: Group) -> MuonSettings:
-        """What a checked group says."""
+    def check_capture(cls, param: Tensor, group: Group, state: dict[str, Any], backend: str, where: str) -> None:
+        if state.get("momentum_buffer") is None:
+            raise RuntimeError(
+                f"the state of {where} is still to be made, and a step that makes it cannot be captured into a CUDA "
+                "graph: take at least one step with the same tensors before the capture"
+            )
+        assert param.grad is not None
+        tensors, lr = (param, param.grad, state["momentum_buffer"]), group["lr"]
+        if backend != "cuda" or not are_stored(tensors):
+            dtypes = ", ".join(str(x.dtype) for x in tensors)
+            raise RuntimeError(
+                f"the matrices of {where} are stepped by backend {backend!r} with dtypes {dtypes}, which cannot be "
+                "captured into a CUDA graph: expected 'cuda', and float32, bfloat16 or float16"
+            )
+        if isinstance(lr, Tensor) and lr.device.type != "cpu" and not reads_rate(lr, tensors, backend):
+            raise RuntimeError(
+                f"lr of {where} is a {lr.dtype} on {lr.device}, expected float32 or float64 on {param.device}, where "
+                "a captured step can read it"
+            )
+        if not reads_rate(lr, tensors, backend) and float(lr) == 0.0:
+            raise RuntimeError(f"lr=0 of {where} would be captured into a CUDA graph, expected a tensor on the GPU")
+
+    @classmethod
+    def settings(cls, group: Group, rate: Tensor | None = None) -> MuonSettings:
+        """What a checked group says; `rate`: its learning rate, where that is left to the kernels."""
         group = EXTRAS | {"weight_decay": 0.0} | group
         return MuonSettings(
-            lr=checks.number(group, "lr"),
+            lr=checks.number(group, "lr") if rate is None else math.nan,
+            rate=rate,
             weight_decay=checks.number(group, "weight_decay"),
             momentum=checks.number(group, "momentum"),
             nesterov=bool(group["nesterov"]),
@@ -290,8 +334,7 @@ class Orthogonalized(Mixed):
         factor: float,
     ) -> None:
         """Step matrices that share no memory."""
-        groups = {id(group): group for _, group, _ in tasks}
-        said = {key: cls.settings(group) for key, group in groups.items()}
+        said: dict[tuple[int, bool], MuonSettings] = {}
         jobs: list[MuonJob] = []
         copies: list[tuple[Tensor, Tensor]] = []
         for param, group, chosen in tasks:
@@ -309,6 +352,12 @@ class Orthogonalized(Mixed):
                 return found
 
             state = states[param]
+            rate: Tensor | None = None
+            if group.get("capturable") and reads_rate(group["lr"], (param, grad, state["momentum_buffer"]), chosen):
+                rate = group["lr"]
+            key = id(group), rate is None
+            if key not in said:
+                said[key] = cls.settings(group, rate)
             columns = [parts(param), layout.matrices(grad)[0], parts(state["momentum_buffer"])]
             for name in ("second_momentum_buffer", "radius"):
                 shapes = cls.shapes_of_state(name, param, group)
@@ -318,7 +367,7 @@ class Orthogonalized(Mixed):
                     columns.append(parts(state[name]) if shapes is None else parts_of(state[name], shapes))
             for w, g, u, second, radius in zip(*columns, strict=True):
                 scale = cls.scale(group, w.shape)
-                jobs.append(MuonJob(w, g, u, said[id(group)], scale, chosen, second, radius))
+                jobs.append(MuonJob(w, g, u, said[key], scale, chosen, second, radius))
         muon_step(jobs, backend, factor)
         for flat, x in copies:
             x.copy_(flat.view(x.shape))

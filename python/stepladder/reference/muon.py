@@ -79,6 +79,11 @@ def adamuon_update(o: Tensor, v: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
     return scaled * torch.where(norm == 0, 1.0, target / norm).to(o.dtype), v
 
 
+def turned(fan_in_fan_out: bool, *matrices: Tensor) -> tuple[Tensor, ...]:
+    """Matrices with their outputs as rows, from such as are stored as (in, out), or back."""
+    return tuple(x.mT for x in matrices) if fan_in_fan_out else matrices
+
+
 def muon(
     w: Tensor,
     g: Tensor,
@@ -95,7 +100,8 @@ def muon(
     ns_method: str = "auto",
     adjust_lr_fn: str | float | None = None,
     cautious_weight_decay: bool = False,
-) -> tuple[Tensor, Tensor]:
+    fan_in_fan_out: bool = False,
+) -> tuple[Tensor, ...]:
     """One step of Muon: w ← (1 − ηλ)w − ηs·NS(u).
 
     Args:
@@ -113,14 +119,16 @@ def muon(
         ns_method: Likewise.
         adjust_lr_fn: Of `adjustment`, which gives s.
         cautious_weight_decay: Decay only where the update does not move away from zero.
+        fan_in_fan_out: Everything is stored as (in, out): [..., n, m].
 
     Returns:
         The new weights and buffer.
     """
+    w, g, u = turned(fan_in_fan_out, w, g, u)
     update, u = momentum_update(g, u, momentum, nesterov, momentum_form)
     o = newton_schulz(update, ns_coefficients, ns_steps, ns_method, eps)
     scale = adjustment(adjust_lr_fn, w.shape[-2], w.shape[-1])
-    return decayed(w, o, lr, weight_decay, cautious_weight_decay) - lr * scale * o, u
+    return turned(fan_in_fan_out, decayed(w, o, lr, weight_decay, cautious_weight_decay) - lr * scale * o, u)
 
 
 def normuon(
@@ -141,16 +149,19 @@ def normuon(
     adjust_lr_fn: str | float | None = None,
     beta2: float = 0.95,
     cautious_weight_decay: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    fan_in_fan_out: bool = False,
+) -> tuple[Tensor, ...]:
     """One step of NorMuon (Li et al. 2025, arXiv:2510.05491); arguments as `muon`, with the neurons' v and its β₂.
 
     Returns:
-        The new weights, buffer and v, of shape [..., m, 1] where m ≥ n, else [..., 1, n].
+        The new weights, buffer and v, of shape [..., m, 1] where m ≥ n, else [..., 1, n], with m outputs and n inputs.
     """
+    w, g, u = turned(fan_in_fan_out, w, g, u)
     update, u = momentum_update(g, u, momentum, nesterov, momentum_form)
     o, v = normuon_update(newton_schulz(update, ns_coefficients, ns_steps, ns_method, eps), v, beta2)
     scale = adjustment(adjust_lr_fn, w.shape[-2], w.shape[-1])
-    return decayed(w, o, lr, weight_decay, cautious_weight_decay) - lr * scale * o, u, v
+    w = decayed(w, o, lr, weight_decay, cautious_weight_decay) - lr * scale * o
+    return *turned(fan_in_fan_out, w, u), v
 
 
 def adamuon(
