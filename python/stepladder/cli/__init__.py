@@ -4,6 +4,7 @@ import click
 
 from stepladder.bench.cli import bench
 from stepladder.bench.matrices import bench_matrices
+from stepladder.bench.preconditioners import bench_preconditioners
 from stepladder.cli.info import info
 from stepladder.cli.profile import profile
 
@@ -17,4 +18,5 @@ def main() -> None:
 main.add_command(info)
 main.add_command(bench)
 main.add_command(bench_matrices)
+main.add_command(bench_preconditioners)
 main.add_command(profile)

@@ -176,6 +176,16 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
                 param_group["seed"] = torch.initial_seed() % 2**64
         super().add_param_group(param_group)
 
+    def state_bytes(self) -> int:
+        """What all states take, in bytes; memory that several share counts once."""
+        storages = {}
+        for state in self.__dict__["state"].values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    storage = value.untyped_storage()
+                    storages[value.device, storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step with the gradients in `.grad`.
