@@ -118,7 +118,7 @@ def test_sweep_of_an_unknown_optimizer(tmp_path):
     assert rows is None
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/migration.md", "docs/muon.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/migration.md", "docs/muon.md", "docs/preconditioners.md"])
 def test_code_in_documents(name):
     """A document's blocks run one after another, as a reader would type them."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
