@@ -48,7 +48,12 @@ def _quietly(function: Callable[[Item], Result], item: Item) -> Result:
 def _pool(threads: int) -> ThreadPoolExecutor:
     with _lock:
         if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(
-                threads, "stepladder", initializer=torch.set_num_threads, initargs=(1,)
-            )
+            pool = ThreadPoolExecutor(threads, "stepladder", initializer=torch.set_num_threads, initargs=(1,))
+            # All workers are begun here, as what they set is also what torch gives to any thread that begins later.
+            everyone = threading.Barrier(threads + 1)
+            for _ in range(threads):
+                pool.submit(everyone.wait)
+            everyone.wait()
+            torch.set_num_threads(threads)
+            _pools[threads] = pool
         return _pools[threads]

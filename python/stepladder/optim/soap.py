@@ -25,7 +25,7 @@ from stepladder.optim.preconditioned import (
     number,
     stored,
 )
-from stepladder.orthonormalize import fresh_basis
+from stepladder.orthonormalize import fresh_bases
 from stepladder.products import mm
 from stepladder.reference.arithmetic import power
 from stepladder.reference.kronecker import as_rows, merged_shape, refresh_due
@@ -194,7 +194,13 @@ class SOAP(Preconditioned):
 
     @classmethod
     def step_jobs(cls, jobs: list[Job], backend: str | None) -> None:
-        each(lambda job: Work(job, backend).run(), jobs)
+        works = {id(job): Work(job, backend) for job in jobs}
+        each(lambda job: works[id(job)].run(), jobs)
+        rotated = [x for work in works.values() for x in work.rotated.values()]
+        fresh = iter(fresh_bases(rotated, backend))
+        for work in works.values():
+            work.fresh = {dim: next(fresh) for dim in work.rotated}
+        each(lambda job: works[id(job)].refresh_bases(), [job for job in jobs if works[id(job)].fresh])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -221,6 +227,10 @@ class Work:
         self.factors = job.layout.load(state["factors"])
         self.bases = job.layout.views(state["bases"])
         self.eigenvalues: list[Tensor | None] = [None] * len(self.bases)
+        # Of the dimensions whose bases are refreshed: LQ and the order of its columns, then the new bases.
+        self.rotated: dict[int, Tensor] = {}
+        self.order: dict[int, Tensor] = {}
+        self.fresh: dict[int, tuple[Tensor, Tensor]] = {}
         if self.kl:
             pieces = torch.split(state["eigenvalues"], [n or 0 for n in job.layout.sides])
             self.eigenvalues = [None if n is None else x for n, x in zip(job.layout.sides, pieces, strict=True)]
@@ -238,7 +248,7 @@ class Work:
         self.update_factors()
         job.layout.store(state["factors"], self.factors)
         if self.refresh:
-            self.refresh_bases()
+            self.rotate()
 
     def move(self) -> None:
         """Adam in the eigenbases."""
@@ -307,14 +317,9 @@ class Work:
             sums = as_rows(x, dim).sum(1) / (x.numel() // x.shape[dim])
             self.new_values[dim] = torch.lerp(values, sums, 1.0 - self.shampoo_beta)
 
-    def refresh_bases(self) -> None:
-        """Q ← qr(LQ) in the order of the eigenvalues, v with it, and m into the new bases."""
-        job, state = self.job, self.job.state
-        m = in_place(state["exp_avg"], job.grad.shape, job.grad.dtype)
-        v = in_place(state["exp_avg_sq"], job.grad.shape, job.grad.dtype)
-        tolerance = number(job.group, "refresh_tolerance")
-        fresh: list[Tensor | None] = list(self.bases)
-        changed = False
+    def rotate(self) -> None:
+        """LQ for the bases that are to be refreshed, its columns in the order of the eigenvalues."""
+        tolerance = number(self.job.group, "refresh_tolerance")
         for dim, (factor, basis) in enumerate(zip(self.factors, self.bases, strict=True)):
             if factor is None or basis is None:
                 continue
@@ -322,27 +327,36 @@ class Work:
             diagonal = torch.linalg.vecdot(basis, rotated, dim=0)
             if tolerance > 0.0 and off_diagonal(factor, diagonal) <= tolerance:
                 continue
-            order = torch.argsort(diagonal, descending=True, stable=True)
-            new, good = fresh_basis(rotated[:, order], self.backend)
+            self.order[dim] = torch.argsort(diagonal, descending=True, stable=True)
+            self.rotated[dim] = rotated.index_select(1, self.order[dim])
+
+    def refresh_bases(self) -> None:
+        """Q ← qr(LQ), v in the same order, and m into the new bases."""
+        job, state = self.job, self.job.state
+        m = in_place(state["exp_avg"], job.grad.shape, job.grad.dtype)
+        v = in_place(state["exp_avg_sq"], job.grad.shape, job.grad.dtype)
+        bases: list[Tensor | None] = list(self.bases)
+        for dim, (new, good) in self.fresh.items():
+            factor, basis, order = self.factors[dim], self.bases[dim], self.order[dim]
+            assert factor is not None
+            assert basis is not None
             # No branch on the device's numbers: nothing is to wait for them.
-            fresh[dim] = torch.where(good, new, basis)
-            order = torch.where(good, order, torch.arange(len(order), device=order.device))
-            v = v.index_select(dim, order)
+            new = torch.where(good, new, basis)
+            v = v.index_select(dim, torch.where(good, order, torch.arange(len(order), device=order.device)))
             state["failed_bases"] += (~good).float()
-            changed = True
-            if self.kl:
-                values = self.eigenvalues[dim]
-                assert values is not None
+            values = self.eigenvalues[dim]
+            if values is not None:
                 exact = torch.linalg.vecdot(new, mm(factor, new), dim=0)
                 values.copy_(torch.where(good, exact, values))
-        if not changed:
-            return
-        m = project(project(m, self.bases, transposed=False), fresh, transposed=True)
+            bases[dim] = new
+        m = project(project(m, self.bases, transposed=False), bases, transposed=True)
         stored(state["exp_avg"], m)
         stored(state["exp_avg_sq"], v)
-        for old, new_basis in zip(self.bases, fresh, strict=True):
-            if old is not None and new_basis is not None and new_basis is not old:
-                old.copy_(new_basis)
+        for dim in self.fresh:
+            old, fresh = self.bases[dim], bases[dim]
+            assert old is not None
+            assert fresh is not None
+            old.copy_(fresh)
 
     def by_reference(self) -> None:
         job, group, state = self.job, self.job.group, self.job.state
