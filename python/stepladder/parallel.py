@@ -45,10 +45,16 @@ def _quietly(function: Callable[[Item], Result], item: Item) -> Result:
         return function(item)
 
 
+def _take_one_thread() -> None:
+    # Asking first: a thread's first look at the number sets it to the process's.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
 def _pool(threads: int) -> ThreadPoolExecutor:
     with _lock:
         if threads not in _pools:
-            pool = ThreadPoolExecutor(threads, "stepladder", initializer=torch.set_num_threads, initargs=(1,))
+            pool = ThreadPoolExecutor(threads, "stepladder", initializer=_take_one_thread)
             # All workers are begun here, as what they set is also what torch gives to any thread that begins later.
             everyone = threading.Barrier(threads + 1)
             for _ in range(threads):
