@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from stepladder.bench import gpu, gpu_report, report
 from stepladder.bench.measure import no_collection, wanted
 from stepladder.bench.results import Quantiles
 from stepladder.coefficients import SETS
-from stepladder.newton_schulz import matrix_unit
+from stepladder.newton_schulz import CLUSTERS_VARIABLE, matrix_unit
 
 SIDES = (64, 128, 256, 512, 1024, 2048)
 ASPECTS = (1, 2, 4)
@@ -31,6 +32,7 @@ BATCHES = (1, 16)
 STEPS = 5
 OURS, THEIRS = "stepladder", "torch"
 STANDARD, GRAM = "standard", "gram"
+CLUSTERS = f"{OURS}-cuda clusters"
 # A gate, not a bound: both round operands to bf16, and the two results part by up to 0.016 in the rows that are kept;
 # a wrong product is off by the order of 1.
 TOLERANCE = 0.05
@@ -136,6 +138,20 @@ def flops(m: int, n: int, batch: int = 1) -> float:
     return STEPS * batch * 2.0 * (2.0 * m * m * n + float(m) ** 3)
 
 
+def by_clusters(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same with clusters of blocks, for which the environment has to ask."""
+
+    def asked() -> Tensor:
+        before = os.environ.get(CLUSTERS_VARIABLE, "0")
+        os.environ[CLUSTERS_VARIABLE] = "1"
+        try:
+            return run()
+        finally:
+            os.environ[CLUSTERS_VARIABLE] = before
+
+    return asked
+
+
 def measure_iteration(
     machine: Machine, batch: int, m: int, n: int, seconds: float, methods: Sequence[str] = ("auto",)
 ) -> Row:
@@ -149,7 +165,10 @@ def measure_iteration(
         label = name if len(methods) == 1 else f"{name} {method}"
         ours[label] = partial(sl.ops.newton_schulz, x, method=method, backend=backend)
         row.forms[label] = method, machine.unit_of(backend)
-        row.errors[label] = float((ours[label]() - expected).norm() / expected.norm())
+    if f"{OURS}-cuda" in machine.ours and 128 < m <= 256 and torch.cuda.get_device_capability()[0] >= 9:
+        ours[CLUSTERS] = by_clusters(partial(sl.ops.newton_schulz, x, method=STANDARD, backend="cuda"))
+    for label, run in ours.items():
+        row.errors[label] = float((run() - expected).norm() / expected.norm())
     rivals = {name: partial(run, x) for name, run in machine.rivals.items()}
     return timed(row, machine, {name: run for name, run in ours.items() if name not in row.red} | rivals, seconds)
 

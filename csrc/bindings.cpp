@@ -16,6 +16,7 @@
 #include "step_plan.h"
 #include "table_executor.h"
 #if defined(SL_EMULATED)
+#include "emulator/device.h"
 #include "emulator/graph.h"
 #endif
 
@@ -143,6 +144,7 @@ PYBIND11_MODULE(SL_MODULE, m) {
 #if defined(SL_EMULATED)
   m.def("begin_capture", &emulator::begin_capture);
   m.def("replay", &emulator::replay);
+  m.def("set_capability", &emulator::set_capability);
 #endif
 
   bind_tables(m);

@@ -1,5 +1,6 @@
 # The GPU's kernels and their hosts, for nvcc and for the emulator alike.
 set(GPU_MATRIX_SOURCES ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/gpu_on_chip.cu
+                       ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/gpu_cluster.cu
                        ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/gpu_grouped.cu)
 set(GPU_KERNEL_SOURCES ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_kernels.cu
                        ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_norms.cu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -62,6 +63,8 @@ RIGHT = {
     "matrix_loads": 2 * 96,
     "matrix_products": 2 * 96,
     "copies": 2 * 2 * 96,
+    "matrix_transposes": 2 * 96,
+    "exchange": 2 * (2 * 4560 + 96 * 1000),
 }
 
 
@@ -84,6 +87,12 @@ def test_right_kernels(plain, racing, sanitized, kernel):
         ("copy_beyond_shared_memory", "cp.async: 16 bytes at"),
         ("no_dynamic_shared_memory", "the launch gave no dynamic shared memory"),
         ("divergent_product", "93 threads wait in mma"),
+        ("block_that_has_ended", "block 1 of the cluster has ended"),
+        ("block_of_no_rank", "the cluster has 2 blocks, and none of rank 2"),
+        ("private_of_another_block", "is not in the block's shared memory"),
+        ("divergent_cluster_barrier", "block 0 cannot go on: 96 threads wait in a barrier of the cluster"),
+        ("divergent_cluster_barrier", "95 threads wait in __syncthreads, 1 threads wait in a barrier of the cluster"),
+        ("part_of_a_cluster", "2 blocks are no whole number of clusters of 3"),
     ],
 )
 def test_what_a_device_would_hang_on_or_forbid(plain, kernel, message):
@@ -101,6 +110,8 @@ def test_what_a_device_would_hang_on_or_forbid(plain, kernel, message):
         "missing_barrier_after_wait",
         "missing_barrier_before_copy",
         "missing_barrier_before_matrix_load",
+        "missing_cluster_barrier_before_read",
+        "missing_cluster_barrier_before_write",
     ],
 )
 def test_missing_barriers(racing, kernel):
@@ -108,6 +119,20 @@ def test_missing_barriers(racing, kernel):
     assert output.startswith("error: ")
     assert "race" in output
     assert "no barrier stands between them" in output
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("missing_first_cluster_barrier", "which need not have begun"),
+        ("first_misses_last_cluster_barrier", "which has ended"),
+        ("second_misses_last_cluster_barrier", "which may have ended"),
+    ],
+)
+def test_blocks_of_a_cluster_that_are_not_there(racing, kernel, message):
+    output = run(racing, kernel)
+    assert output.startswith("error: ")
+    assert re.search(rf"thread \d+ touches the memory of block \d of its cluster, {message}", output)
 
 
 def test_missing_wait(plain, racing):
@@ -122,29 +147,46 @@ def test_out_of_bounds(sanitized, kernel):
 
 
 @pytest.mark.large
-def test_every_barrier_of_a_kernel_is_needed_and_missed(tmp_path):
+@pytest.mark.parametrize("name", ["gpu_on_chip.h", "gpu_on_chip.cu", "gpu_cluster.cu"])
+def test_every_barrier_of_a_kernel_is_needed_and_missed(tmp_path, name):
     """The on-chip kernels are right as they are, and race without any one of their barriers."""
-    common = [COMPILER, "-std=c++17", "-O1", f"-I{CSRC}", "-DSL_EMULATOR_RACES", "-Wno-unknown-pragmas"]
-    kept = [CSRC / "emulator" / name for name in ("emulator.cpp", "fiber.cpp", "races.cpp")]
-    objects = []
-    for source in (*kept, ROOT / "tests" / "emulator" / "on_chip.cu"):
-        objects.append(tmp_path / f"{source.stem}.o")
-        subprocess.run([*common, "-x", "c++", "-c", source, "-o", objects[-1]], check=True)
-    barrier = "__syncthreads();"
-    parts = (CSRC / "newton_schulz" / "gpu_on_chip.cu").read_text().split(barrier)
-    assert len(parts) > 10
-    for removed in range(len(parts)):
-        kernels = tmp_path / "kernels.cu"
-        text = parts[0]
-        for index, part in enumerate(parts[1:], 1):
-            text += (";" if index == removed else barrier) + part
-        kernels.write_text(text)
+    common = [
+        COMPILER,
+        "-std=c++17",
+        "-O1",
+        f"-I{tmp_path}",
+        f"-I{CSRC}",
+        "-DSL_EMULATOR_RACES",
+        "-Wno-unknown-pragmas",
+    ]
+    emulator = [CSRC / "emulator" / name for name in ("emulator.cpp", "fiber.cpp", "races.cpp")]
+
+    def compiled(source: Path, *flags: str) -> Path:
+        result = tmp_path / f"{source.stem}.o"
+        subprocess.run([*common, *flags, "-x", "c++", "-c", source, "-o", result], check=True)
+        return result
+
+    kept = [compiled(source) for source in (*emulator, ROOT / "tests" / "emulator" / "on_chip.cu")]
+    folder = tmp_path / "newton_schulz"
+    folder.mkdir()
+    sources = [folder / source for source in ("gpu_on_chip.cu", "gpu_cluster.cu")]
+    for source in sources:
+        shutil.copy(CSRC / "newton_schulz" / source.name, source)
+    objects: dict[Path, Path] = {}
+    parts = re.split(r"(__syncthreads\(\);|gpu::cluster_barrier\(\);)", (CSRC / "newton_schulz" / name).read_text())
+    barriers = range(1, len(parts), 2)
+    assert len(barriers) >= 2
+    for removed in (None, *barriers):
+        text = "".join(";" if index == removed else part for index, part in enumerate(parts))
+        (folder / name).write_text(text)
+        for source in sources:
+            if name in (source.name, "gpu_on_chip.h") or source not in objects:
+                objects[source] = compiled(source, "-fsanitize=thread")
         program = tmp_path / "program"
-        build = [*common, "-fsanitize=thread", "-x", "c++", "-c", kernels, "-o", tmp_path / "kernels.o"]
-        subprocess.run(build, check=True)
-        subprocess.run([*common, tmp_path / "kernels.o", *objects, "-o", program], check=True)
+        subprocess.run([*common, *objects.values(), *kept, "-o", program], check=True)
         output = subprocess.run([program], capture_output=True, text=True, timeout=300).stdout
-        if removed == 0:
-            assert output == "right\n" * 8
+        if removed is None:
+            assert output == "right\n" * 14
         else:
-            assert "race" in output, f"nothing misses barrier {removed} of {len(parts) - 1}"
+            # A race, or a block that ends while another of its cluster needs it.
+            assert "error: " in output, f"nothing misses barrier {removed // 2} of {len(barriers)}"

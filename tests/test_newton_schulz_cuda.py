@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
+from rounding import allowed_error
 from torch import Tensor
 
+import stepladder as sl
 from stepladder import _C
+from stepladder.bench.matrices import by_clusters
 from stepladder.cli import cubins
 from stepladder.coefficients import SETS, CoefficientSet, resolve
 from stepladder.reference.newton_schulz import RESTART_EVERY, aol, standard_form
@@ -20,8 +25,10 @@ from stepladder.reference.newton_schulz import RESTART_EVERY, aol, standard_form
 MAX_SHARED = 227 << 10
 
 
-def on_chip_bytes(side: int, slots: int) -> int:
-    return 2 * (2 if side == 32 else 1) * side * (side + 8) * (1 + slots) + 32 * 8 + 2 * 4 * side
+def on_chip_bytes(side: int, slots: int, width: int | None = None) -> int:
+    """Of a block with as many panels of X, `width` or else `side` columns wide."""
+    planes = 2 if side == 32 else 1
+    return 2 * planes * side * (side + 8 + slots * ((width or side) + 8)) + 32 * 8 + 2 * 4 * side
 
 
 # Room in shared memory with which the matrices of `SIZES` are iterated on chip, and otherwise.
@@ -34,12 +41,13 @@ class Gpu:
     def __init__(self, module) -> None:
         self.module = module
         self.shared = MAX_SHARED
+        self.clusters = False
 
     def limit_shared(self, size: int) -> None:
         self.shared = size
 
     def iteration(self):
-        return self.module.NewtonSchulzGpu(0, self.shared)
+        return self.module.NewtonSchulzGpu(0, self.shared, self.clusters)
 
     def options(self, chosen: CoefficientSet, eps: float = 1e-7, method: str = "standard"):
         return self.module.NewtonSchulzOptions(chosen.steps, eps, chosen.divisor, chosen.aol, method == "gram")
@@ -66,6 +74,15 @@ Job = tuple[Tensor, Tensor, Any, tuple[Any, ...] | None]
 @pytest.fixture
 def gpu(request):
     return Gpu(_C if DEVICE == "cuda" else request.getfixturevalue("emulated_module"))
+
+
+@pytest.fixture
+def clusters(gpu):
+    """The same with clusters of blocks, which iterate matrices with a smaller side of 129 to 256."""
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no clusters of blocks")
+    gpu.clusters = True
+    return gpu
 
 
 def storage(t: Tensor) -> Tensor:
@@ -470,9 +487,18 @@ def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
 def test_muon(gpu, path, nesterov, averages, dtype):
     """Momentum and parameter have the bits of the same operations in torch around the same iteration."""
     gpu.limit_shared(PATHS[path])
-    chosen = resolve("jordan", None)
+    check_muon(gpu, [(20, 33), (40, 17)], resolve("jordan", None), nesterov, averages, dtype)
+
+
+def check_muon(
+    gpu: Gpu,
+    shapes: list[tuple[int, int]],
+    chosen: CoefficientSet,
+    nesterov: bool,
+    averages: bool,
+    dtype: torch.dtype,
+) -> None:
     momentum, grad_scale, decay, step = (torch.tensor(value).item() for value in (0.95, 0.3, 0.999, 0.02))
-    shapes = [(20, 33), (40, 17)]
     params, grads, buffers = ([torch.randn(s).to(dtype) for s in shapes] for _ in range(3))
     buffers[0] = buffers[0].T.contiguous().T
     stored, updates = [], []
@@ -508,6 +534,204 @@ def test_options_of_their_own(gpu):
     )
     for result, (name, method) in zip(results, ways, strict=True):
         assert torch.equal(result, orthogonalise(gpu, [x], resolve(name, None), method=method)[0])
+
+
+# Clusters of blocks. Of a square matrix all of X stays on chip; 257 columns and more are streamed.
+
+TWO_STEPS = CoefficientSet(SETS["jordan"].steps[:2], "given")
+STREAMED = on_chip_bytes(256, 1, 32), on_chip_bytes(256, 3, 32)
+
+
+@pytest.mark.parametrize("name", ["jordan", "cubic5", "aol4"])
+def test_clusters_with_mixed_shapes_in_one_call(clusters, name):
+    given, chosen = matrices([(130, 130), (300, 136), (40, 50), (129, 150)]), resolve(name, None)
+    before = clusters.module.launches()
+    results = orthogonalise(clusters, given, chosen)
+    assert clusters.module.launches() - before == 3  # a block each, clusters with all of X, clusters without
+    for x, result in zip(given, results, strict=True):
+        assert_right(result, x, chosen)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (256, 1024), (1024, 256)])
+def test_clusters_are_exact(clusters, shape):
+    """Rows of a Hadamard matrix, as above."""
+    m, n = shape
+    x = hadamard(max(m, n))[:m, :n].contiguous()
+    chosen = CoefficientSet(((2.0, -1.0, 0.5),), "given", divisor=2.0)
+    (result,) = orthogonalise(clusters, [x], chosen)
+    value = 0.25 / min(m, n)
+    factor = 2.0 - value + 0.5 * value**2
+    assert torch.equal(result, (x.double() * factor / (2.0 * math.sqrt(m * n))).float())
+
+
+def test_the_largest_matrix_of_a_cluster(clusters):
+    given, chosen = matrices([(256, 256)]), resolve("polar_express", 3)
+    (result,) = orthogonalise(clusters, given, chosen)
+    assert_right(result, given[0], chosen)
+
+
+@pytest.mark.parametrize("name", ["jordan", "aol4"])
+@pytest.mark.parametrize("shared", STREAMED)
+def test_streamed_by_clusters(clusters, shared, name):
+    clusters.limit_shared(shared)
+    given, chosen = matrices([(225, 260)]), resolve(name, None)
+    (result,) = orthogonalise(clusters, given, chosen)
+    assert_right(result, given[0], chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_of_clusters(clusters, dtype):
+    given, chosen = matrices([(161, 140)], dtype), resolve("jordan", None)
+    (result,) = orthogonalise(clusters, given, chosen)
+    assert_right(result, given[0], chosen)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_matrix_of_a_cluster_does_not_depend_on_its_company(clusters, bad):
+    """More matrices than clusters run at once; one that is not finite is so in both blocks."""
+    given = matrices([(129, 130), (131, 129), (140, 260), (130, 140), (129, 129)])
+    clean = orthogonalise(clusters, given, TWO_STEPS)
+    assert torch.equal(orthogonalise(clusters, given[3:4], TWO_STEPS)[0], clean[3])
+    given[1][4, 5] = given[2][3, 250] = bad
+    results = orthogonalise(clusters, given, TWO_STEPS)
+    assert results[1].isnan().all()
+    assert results[2].isnan().all()
+    assert all(torch.equal(results[i], clean[i]) for i in (0, 3, 4))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-7])
+@pytest.mark.parametrize("name", ["jordan", "aol4"])
+def test_zeros_in_clusters(clusters, name, eps):
+    given = [torch.zeros(130, 129), torch.randn(130, 300)]
+    given[1][:, :290] = 0.0  # one block has nothing but zeros
+    given[1][7] = 0.0
+    zeros, sparse = orthogonalise(clusters, given, resolve(name, 4), eps=eps)
+    assert (zeros == 0).all()
+    assert (sparse[7] == 0).all()
+    assert (sparse[:, :290] == 0).all()
+    assert sparse.isfinite().all()
+
+
+def test_scale_does_not_matter_to_clusters(clusters):
+    x = torch.randint(-64, 64, (129, 140)).float()
+    (expected,) = orthogonalise(clusters, [x], TWO_STEPS, eps=0.0)
+    for exponent in (-149, 121):
+        scaled = (x.double() * 2.0**exponent).float()
+        assert torch.equal(orthogonalise(clusters, [scaled], TWO_STEPS, eps=0.0)[0], expected)
+
+
+@pytest.mark.parametrize("path", ["resident", "streamed"])
+def test_layouts_in_clusters(clusters, path):
+    clusters.limit_shared(MAX_SHARED if path == "resident" else STREAMED[1])
+    x = torch.randn(135, 170)
+    (expected,) = orthogonalise(clusters, [x], TWO_STEPS)
+    for layout in ("transposed", "within"):
+        target = layouts(torch.zeros(x.shape))[layout]
+        (result,) = orthogonalise(clusters, [layouts(x)[layout]], TWO_STEPS, out=[target])
+        assert torch.equal(result, expected)
+        result.zero_()
+        assert target._base is not None
+        assert (target._base == 0).all()
+    copy = x.clone()
+    orthogonalise(clusters, [copy], TWO_STEPS, out=[copy])
+    assert torch.equal(copy, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_in_clusters(clusters, dtype):
+    check_muon(clusters, [(130, 133), (300, 132)], TWO_STEPS, True, True, dtype)
+
+
+def test_only_the_standard_form_is_iterated_by_clusters(clusters):
+    given, chosen = matrices([(130, 140)]), TWO_STEPS
+    before = clusters.module.launches()
+    (result,) = orthogonalise(clusters, given, chosen, method="gram")
+    assert clusters.module.launches() - before == 2 + 1 + 3 + 2 + 1
+    clusters.clusters = False
+    assert torch.equal(result, orthogonalise(clusters, given, chosen, method="gram")[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "launches"),
+    [
+        ((129, 129), True, 1),
+        ((129, 129), False, 2 + 3),
+        ((128, 140), True, 1),
+        ((257, 257), True, 2 + 3),
+        ((129, 32 * 256 + 1), True, 2 + 3),
+    ],
+)
+def test_which_matrices_clusters_take(gpu, clusters, size, asked, launches):
+    gpu.clusters = asked
+    before = gpu.module.launches()
+    orthogonalise(gpu, matrices([size]), CoefficientSet(TWO_STEPS.steps[:1], "given"))
+    assert gpu.module.launches() - before == launches
+
+
+@pytest.fixture
+def old_device(emulated_module):
+    """The emulated device without clusters."""
+    emulated_module.set_capability(8)
+    yield emulated_module
+    emulated_module.set_capability(9)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the emulated device")
+class TestClustersByTheEnvironment:
+    def test_batches(self, emulated, monkeypatch):
+        monkeypatch.setenv("STEPLADDER_CLUSTERS", "1")
+        x = torch.randn(2, 130, 136)
+        before = emulated.module.launches()
+        results = sl.ops.newton_schulz(x, method="standard", backend="cuda")
+        assert emulated.module.launches() - before == 1
+        for one, result in zip(x, results, strict=True):
+            assert relative_error(result, sl.reference.newton_schulz(one.double())) <= allowed_error(one)
+
+    def test_as_they_are_measured(self, emulated, monkeypatch):
+        monkeypatch.setenv("STEPLADDER_CLUSTERS", "0")
+        x = torch.randn(130, 129)
+        before = emulated.module.launches()
+        result = by_clusters(partial(sl.ops.newton_schulz, x, method="standard", backend="cuda"))()
+        assert emulated.module.launches() - before == 1
+        assert os.environ["STEPLADDER_CLUSTERS"] == "0"
+        assert relative_error(result, sl.reference.newton_schulz(x.double())) <= allowed_error(x)
+
+    @pytest.mark.parametrize("value", [None, "0"])
+    def test_not_asked_for(self, emulated, monkeypatch, value):
+        monkeypatch.delenv("STEPLADDER_CLUSTERS", raising=False)
+        if value is not None:
+            monkeypatch.setenv("STEPLADDER_CLUSTERS", value)
+        before = emulated.module.launches()
+        sl.ops.newton_schulz(torch.randn(129, 129), (3.0, -3.0, 1.0), 1, "standard", backend="cuda")
+        assert emulated.module.launches() - before == 2 + 3
+
+    def test_refusals(self, emulated, old_device, monkeypatch):
+        sl.ops.newton_schulz(X, backend="cuda")
+        monkeypatch.setenv("STEPLADDER_CLUSTERS", "yes")
+        with pytest.raises(ValueError, match="STEPLADDER_CLUSTERS='yes' is unknown, expected '0' or '1'"):
+            sl.ops.newton_schulz(X, backend="cuda")
+        monkeypatch.setenv("STEPLADDER_CLUSTERS", "1")
+        message = "STEPLADDER_CLUSTERS='1' cannot run here: .* GPU 0, which has compute capability 8.0, expected .* 9.0"
+        with pytest.raises(RuntimeError, match=message):
+            sl.ops.newton_schulz(X, backend="cuda")
+
+    def test_muon_changes_nothing_where_they_cannot_run(self, emulated, old_device, monkeypatch):
+        weight, bias = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))
+        optimizer = sl.Muon(
+            [{"params": [weight]}, {"params": [bias], "algorithm": "adamw"}],
+            backend="cuda",
+        )
+        weight.grad, bias.grad = torch.ones(4, 4), torch.ones(4)
+        for value, error in (("maybe", ValueError), ("1", RuntimeError)):
+            monkeypatch.setenv("STEPLADDER_CLUSTERS", value)
+            with pytest.raises(error, match=f"STEPLADDER_CLUSTERS='{value}'"):
+                optimizer.step()
+            assert (weight == 1.0).all()
+            assert (bias == 1.0).all()
+            assert not optimizer.state
+        monkeypatch.setenv("STEPLADDER_CLUSTERS", "0")
+        optimizer.step()
+        assert (weight != 1.0).all()
 
 
 # The host

@@ -177,6 +177,69 @@ SL_DEVICE void wait_for_copies() {
 #endif
 }
 
+// movmatrix: a matrix of 8x8 elements of 2 bytes, spread over the warp as load_matrices does it, to its transpose.
+SL_DEVICE uint32_t transpose_matrix(uint32_t pair) {
+#if defined(__CUDA_ARCH__)
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+#else
+  // Lane 4g + t gets (2t, g) and (2t + 1, g): halves of what lanes 8t + g / 2 and 8t + 4 + g / 2 hold.
+  const int lane = static_cast<int>(threadIdx.x % 32), from = lane % 4 * 8 + lane / 8, half = lane / 4 % 2 * 16;
+  const uint32_t first = __shfl_sync(0xffffffffu, pair, from), second = __shfl_sync(0xffffffffu, pair, from + 4);
+  return (first >> half & 0xffffu) | (second >> half & 0xffffu) << 16;
+#endif
+}
+
+// Clusters: blocks that run at the same time and reach each other's shared memory, from sm_90 on. The host launches
+// nothing that needs them elsewhere.
+#if defined(__CUDACC__)
+SL_DEVICE unsigned no_cluster() {
+  __trap();
+  return 0;
+}
+#endif
+
+// Of the block in its cluster.
+SL_DEVICE unsigned cluster_rank() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#elif defined(__CUDACC__)
+  return no_cluster();
+#else
+  return ::emulator::current().cluster_rank;
+#endif
+}
+
+// All threads of all blocks of the cluster; what one wrote before it, in any block's memory, all see after it.
+SL_DEVICE void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#elif defined(__CUDACC__)
+  no_cluster();
+#else
+  ::emulator::cluster_barrier();
+#endif
+}
+
+// What block `rank` of the cluster has in place of `own` in its shared memory, for ordinary accesses. That block must
+// have begun, and must not end: a barrier of the cluster stands before the first access and after the last.
+template <class T>
+SL_DEVICE T* shared_of(unsigned rank, T* own) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  T* address;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(own), "r"(rank));
+  return address;
+#elif defined(__CUDACC__)
+  no_cluster();
+  return own;
+#else
+  return static_cast<T*>(::emulator::shared_of(rank, own));
+#endif
+}
+
 // Two bf16 in a word, `low` at the lower address, rounded to nearest even.
 SL_DEVICE uint32_t pack_bf16(float low, float high) {
 #if defined(__CUDA_ARCH__)

@@ -41,6 +41,22 @@ void ask_for_shared(const Kernel& kernel) {
                                static_cast<int>(kernel.shared_bytes)));
 }
 
+struct Configuration {
+  cudaLaunchConfig_t launch = {};
+  cudaLaunchAttribute cluster = {};
+
+  Configuration(const Kernel& kernel, int blocks, Stream stream) {
+    launch.gridDim = dim3(blocks);
+    launch.blockDim = dim3(kernel.threads);
+    launch.dynamicSmemBytes = kernel.shared_bytes;
+    launch.stream = static_cast<cudaStream_t>(stream);
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(kernel.cluster), 1, 1};
+    launch.attrs = &cluster;
+    launch.numAttrs = kernel.cluster > 1 ? 1 : 0;
+  }
+};
+
 }  // namespace
 
 std::vector<Device> devices(std::string* reason) {
@@ -80,6 +96,27 @@ int blocks_per_multiprocessor(const Kernel& kernel) {
   SL_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads, kernel.shared_bytes));
   SL_CHECK(blocks > 0, "the kernel ", kernel.name, " does not fit this device");
   return blocks;
+}
+
+int resident_clusters(const Kernel& kernel) {
+  int clusters;
+  ask_for_shared(kernel);
+  const Configuration configuration(kernel, kernel.cluster, nullptr);
+  SL_CUDA(cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &configuration.launch));
+  SL_CHECK(clusters > 0, "a cluster of the kernel ", kernel.name, " does not fit this device");
+  return clusters;
+}
+
+std::string why_no_cluster(const Kernel& kernel) {
+  int device, major, minor;
+  SL_CUDA(cudaGetDevice(&device));
+  SL_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  SL_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  if (major < 9) return "compute capability " + std::to_string(major) + "." + std::to_string(minor);
+  // Code for an older architecture, compiled for this one by the driver, has none.
+  cudaFuncAttributes attributes;
+  SL_CUDA(cudaFuncGetAttributes(&attributes, kernel.function));
+  return attributes.ptxVersion >= 90 ? "" : "kernels compiled for sm_" + std::to_string(attributes.ptxVersion);
 }
 
 size_t max_shared_bytes() {
@@ -167,8 +204,8 @@ void Event::hold(Stream stream) {
 void launch(const Kernel& kernel, int blocks, const void* arguments, Stream stream) {
   void* parameters[] = {const_cast<void*>(arguments)};
   ask_for_shared(kernel);
-  SL_CUDA(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kernel.threads), parameters, kernel.shared_bytes,
-                           static_cast<cudaStream_t>(stream)));
+  const Configuration configuration(kernel, blocks, stream);
+  SL_CUDA(cudaLaunchKernelExC(&configuration.launch, kernel.function, parameters));
   ++launched;
 }
 

@@ -27,6 +27,7 @@ struct Kernel {
   const void* function;
   void (*call)(const void* function, const void* arguments);  // the emulator's; null under CUDA
   size_t shared_bytes = 0;                                    // dynamic shared memory of a block
+  int cluster = 1;                                            // blocks that run together, from sm_90 on
 };
 
 using Stream = void*;
@@ -47,6 +48,9 @@ class Guard {
 // All below act on the current device.
 int multiprocessors();
 int blocks_per_multiprocessor(const Kernel& kernel);
+int resident_clusters(const Kernel& kernel);
+// Empty where the device and the code that was compiled for it have clusters; else the reason.
+std::string why_no_cluster(const Kernel& kernel);
 size_t max_shared_bytes();  // of a block, where it asks for it
 
 void* allocate(size_t bytes);  // zeroed
@@ -74,7 +78,7 @@ class Event {
   void* handle_ = nullptr;
 };
 
-// `arguments` points to the kernel's one parameter.
+// `arguments` points to the kernel's one parameter; `blocks` is a multiple of the kernel's cluster.
 void launch(const Kernel& kernel, int blocks, const void* arguments, Stream stream);
 // How many launches this process has made.
 int64_t launches();

@@ -26,6 +26,7 @@ constexpr int kWarp = 32;
 const char* name(Collective kind) {
   switch (kind) {
     case Collective::block_barrier: return "__syncthreads";
+    case Collective::cluster_barrier: return "a barrier of the cluster";
     case Collective::warp_barrier: return "__syncwarp";
     case Collective::shuffle: return "a shuffle";
     case Collective::ballot: return "a vote";
@@ -59,23 +60,33 @@ struct Shared {
   size_t bytes;
 };
 
+class Block;
+
+// The blocks that run together, and how many of their threads wait for each other.
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  int arrived = 0, left = 0;
+};
+
 class Block {
  public:
-  Block(Call call, const void* function, const void* arguments, int threads, size_t shared_bytes)
-      : call_(call),
+  Block(Cluster& cluster, Call call, const void* function, const void* arguments, int threads, size_t shared_bytes)
+      : cluster_(cluster),
+        call_(call),
         function_(function),
         arguments_(arguments),
         shared_bytes_(shared_bytes),
         lanes_(threads),
         stacks_(new char[threads * kStack]) {}
 
-  void run(unsigned block, unsigned grid) {
+  void start(unsigned block, unsigned grid, unsigned rank) {
     const int threads = static_cast<int>(lanes_.size());
     shared_.clear();
+    block_ = block;
+    rank_ = rank;
     arrived_ = running_ = 0;
     left_ = threads;
     error_ = nullptr;
-    races::begin_block(threads);
     for (int i = 0; i < threads; ++i) {
       Lane& lane = lanes_[i];
       lane.done = lane.waiting = false;
@@ -85,16 +96,33 @@ class Block {
       lane.thread.block.x = block;
       lane.thread.block_dim.x = threads;
       lane.thread.grid_dim.x = grid;
+      lane.thread.cluster_rank = rank;
       lane.thread.thread.y = lane.thread.thread.z = lane.thread.block.y = lane.thread.block.z = 0;
       // Tops are staggered: stacks a power of two apart would share their cache sets.
       lane.fiber.start(stacks_.get() + i * kStack, kStack - 64 * (i % 32), &Block::enter, this);
     }
-    while (left_ > 0 && !error_) {
-      if (!pick()) fail(__FILE__, __LINE__, "block ", block, " cannot go on: ", describe());
-      main_.switch_to(lanes_[running_].fiber);
-    }
+  }
+
+  // Until each thread has ended or waits; false where all did already.
+  bool go_on() {
+    if (left_ == 0 || !pick()) return false;
+    main_.switch_to(lanes_[running_].fiber);
     if (error_) std::rethrow_exception(error_);
-    if (const std::string race = races::found(); !race.empty()) fail(__FILE__, __LINE__, "block ", block, ": ", race);
+    return true;
+  }
+
+  bool ended() const { return left_ == 0; }
+
+  std::string describe() const {
+    std::string text = "block " + std::to_string(block_) + " cannot go on: ";
+    for (Collective kind :
+         {Collective::block_barrier, Collective::cluster_barrier, Collective::warp_barrier, Collective::shuffle,
+          Collective::ballot, Collective::matrix_load, Collective::matrix_product}) {
+      const auto n = std::count_if(lanes_.begin(), lanes_.end(),
+                                   [&](const Lane& l) { return !l.done && l.waiting && l.kind == kind; });
+      if (n > 0) text += std::to_string(n) + " threads wait in " + name(kind) + ", ";
+    }
+    return text + std::to_string(lanes_.size() - left_) + " have ended";
   }
 
   Lane& lane() { return lanes_[running_]; }
@@ -105,7 +133,7 @@ class Block {
       if (s.site == site && s.bytes == bytes) return s.memory.get();
     shared_.push_back({site, std::unique_ptr<char[]>(new char[bytes]), bytes});
     memset(shared_.back().memory.get(), 0xff, bytes);
-    races::watch(shared_.back().memory.get(), bytes);
+    races::watch(shared_.back().memory.get(), bytes, rank_);
     return shared_.back().memory.get();
   }
 
@@ -113,6 +141,19 @@ class Block {
     static const char site = 0;
     if (shared_bytes_ == 0) fail(__FILE__, __LINE__, "the launch gave no dynamic shared memory");
     return shared(&site, shared_bytes_);
+  }
+
+  void* shared_of(unsigned rank, void* own) {
+    if (rank >= cluster_.blocks.size())
+      fail(__FILE__, __LINE__, "the cluster has ", cluster_.blocks.size(), " blocks, and none of rank ", rank);
+    Block& other = *cluster_.blocks[rank];
+    if (other.ended()) fail(__FILE__, __LINE__, "block ", other.block_, " of the cluster has ended");
+    const auto at = reinterpret_cast<uintptr_t>(own);
+    for (const Shared& s : shared_) {
+      const auto begin = reinterpret_cast<uintptr_t>(s.memory.get());
+      if (at >= begin && at < begin + s.bytes) return static_cast<char*>(other.shared(s.site, s.bytes)) + (at - begin);
+    }
+    fail(__FILE__, __LINE__, own, " is not in the block's shared memory");
   }
 
   // 16 aligned bytes of the block's shared memory.
@@ -128,11 +169,15 @@ class Block {
 
   void block_barrier() {
     wait(Collective::block_barrier, 0, 0);
-    if (++arrived_ == left_) {
-      arrived_ = 0;
-      for (Lane& l : lanes_) l.waiting = l.waiting && l.kind != Collective::block_barrier;
-      races::block_barrier();
-    }
+    ++arrived_;
+    pass_block_barrier();
+    yield();
+  }
+
+  void cluster_barrier() {
+    wait(Collective::cluster_barrier, 0, 0);
+    ++cluster_.arrived;
+    pass_cluster_barrier();
     yield();
   }
 
@@ -191,14 +236,31 @@ class Block {
     Lane& ended = lane();
     ended.done = true;
     --left_;
-    // A barrier counts the threads that have not ended.
-    if (left_ > 0 && arrived_ == left_) {
-      arrived_ = 0;
-      for (Lane& l : lanes_) l.waiting = l.waiting && l.kind != Collective::block_barrier;
-      races::block_barrier();
-    }
+    --cluster_.left;
+    if (left_ == 0) races::end_block(rank_);
+    // Barriers count the threads that have not ended.
+    pass_block_barrier();
+    pass_cluster_barrier();
     if (left_ == 0 || error_ || !pick()) ended.fiber.switch_to(main_, true);
     ended.fiber.switch_to(lane().fiber, true);
+  }
+
+  void pass_block_barrier() {
+    if (left_ == 0 || arrived_ < left_) return;
+    arrived_ = 0;
+    release(Collective::block_barrier);
+    races::block_barrier(rank_);
+  }
+
+  void pass_cluster_barrier() {
+    if (cluster_.left == 0 || cluster_.arrived < cluster_.left) return;
+    cluster_.arrived = 0;
+    for (auto& block : cluster_.blocks) block->release(Collective::cluster_barrier);
+    races::cluster_barrier();
+  }
+
+  void release(Collective kind) {
+    for (Lane& l : lanes_) l.waiting = l.waiting && l.kind != kind;
   }
 
   void wait(Collective kind, unsigned mask, uint64_t value) {
@@ -227,21 +289,11 @@ class Block {
     return false;
   }
 
-  std::string describe() const {
-    std::string text;
-    for (Collective kind : {Collective::block_barrier, Collective::warp_barrier, Collective::shuffle,
-                            Collective::ballot, Collective::matrix_load, Collective::matrix_product}) {
-      const auto n = std::count_if(lanes_.begin(), lanes_.end(),
-                                   [&](const Lane& l) { return !l.done && l.waiting && l.kind == kind; });
-      if (n > 0) text += std::to_string(n) + " threads wait in " + name(kind) + ", ";
-    }
-    return text + std::to_string(lanes_.size() - left_) + " have ended";
-  }
-
   struct Exchanged {
     uint64_t values[kWarp];
   };
 
+  Cluster& cluster_;
   Call call_;
   const void* function_;
   const void* arguments_;
@@ -251,11 +303,33 @@ class Block {
   std::unique_ptr<char[]> stacks_;
   std::vector<Shared> shared_;
   Fiber main_;
+  unsigned block_ = 0, rank_ = 0;
   int running_ = 0, arrived_ = 0, left_ = 0;
   std::exception_ptr error_;
 };
 
 thread_local Block* block = nullptr;
+
+// Blocks from `first` on; one goes on until all of its threads wait, then the next.
+void run_cluster(Cluster& cluster, unsigned first, unsigned grid, int threads) {
+  const auto size = static_cast<unsigned>(cluster.blocks.size());
+  races::begin_cluster(static_cast<int>(size), threads);
+  cluster.arrived = 0;
+  cluster.left = static_cast<int>(size) * threads;
+  for (unsigned rank = 0; rank < size; ++rank) cluster.blocks[rank]->start(first + rank, grid, rank);
+  while (cluster.left > 0) {
+    bool moved = false;
+    for (auto& one : cluster.blocks) {
+      block = one.get();
+      moved = one->go_on() || moved;
+    }
+    if (moved) continue;
+    std::string text;
+    for (auto& one : cluster.blocks) text += (text.empty() ? "" : "; ") + one->describe();
+    fail(__FILE__, __LINE__, text);
+  }
+  if (const std::string race = races::found(); !race.empty()) fail(__FILE__, __LINE__, "block ", first, ": ", race);
+}
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -320,7 +394,9 @@ const Thread& current() { return block->lane().thread; }
 unsigned lane() { return block->index() % kWarp; }
 void* shared(const void* site, size_t bytes) { return block->shared(site, bytes); }
 void* dynamic_shared() { return block->dynamic_shared(); }
+void* shared_of(unsigned rank, void* own) { return block->shared_of(rank, own); }
 void block_barrier() { block->block_barrier(); }
+void cluster_barrier() { block->cluster_barrier(); }
 uint64_t warp_exchange(Collective kind, unsigned mask, uint64_t value, unsigned source) {
   return block->warp_exchange(kind, mask, value, source);
 }
@@ -371,13 +447,17 @@ void access(const void* address, void* to, const void* from, size_t bytes) {
   memcpy(to, from, bytes);
 }
 
-void run(Call call, const void* function, const void* arguments, unsigned blocks, unsigned threads,
-         size_t shared_bytes) {
-  Block one(call, function, arguments, static_cast<int>(threads), shared_bytes);
+void run(Call call, const void* function, const void* arguments, unsigned blocks, unsigned threads, size_t shared_bytes,
+         unsigned cluster) {
+  if (cluster == 0 || blocks % cluster != 0)
+    fail(__FILE__, __LINE__, blocks, " blocks are no whole number of clusters of ", cluster);
+  Cluster together;
+  for (unsigned rank = 0; rank < cluster; ++rank)
+    together.blocks.emplace_back(
+        new Block(together, call, function, arguments, static_cast<int>(threads), shared_bytes));
   Block* const outer = block;
-  block = &one;
   try {
-    for (unsigned b = 0; b < blocks; ++b) one.run(b, blocks);
+    for (unsigned b = 0; b < blocks; b += cluster) run_cluster(together, b, blocks, static_cast<int>(threads));
   } catch (...) {
     block = outer;
     throw;

@@ -1,6 +1,6 @@
 // A CUDA device on the CPU, for tests: kernels compiled by a C++ compiler run block after block, a fiber for
-// each thread. Barriers, shuffles and votes check who takes part; a wait that cannot end, a misaligned
-// vector access and an exception in a kernel become an Error. No toolkit header.
+// each thread, and the blocks of a cluster side by side. Barriers, shuffles and votes check who takes part; a wait that
+// cannot end, a misaligned vector access and an exception in a kernel become an Error. No toolkit header.
 //
 // Shared memory is poisoned before each block and allocated at its exact size, so that AddressSanitizer sees
 // overruns. With SL_EMULATOR_RACES, kernels compiled with -fsanitize=thread have each access to shared
@@ -23,6 +23,7 @@ struct Dim3 {
 // Of the thread that runs.
 struct Thread {
   Dim3 thread, block, block_dim, grid_dim;
+  unsigned cluster_rank = 0;  // of the block
 };
 const Thread& current();
 
@@ -33,9 +34,20 @@ void* dynamic_shared();
 
 void access(const void* address, void* to, const void* from, size_t bytes);
 
-enum class Collective : int { block_barrier, warp_barrier, shuffle, ballot, matrix_load, matrix_product };
+enum class Collective : int {
+  block_barrier,
+  cluster_barrier,
+  warp_barrier,
+  shuffle,
+  ballot,
+  matrix_load,
+  matrix_product
+};
 
 void block_barrier();
+void cluster_barrier();
+// What another block of the cluster has in place of this address in shared memory. It must not have ended.
+void* shared_of(unsigned rank, void* own);
 // Waits until all lanes of `mask` have come with their values; then reads the value of `source`.
 uint64_t warp_exchange(Collective kind, unsigned mask, uint64_t value, unsigned source);
 unsigned lane();

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "common/error.h"
+#include "emulator/device.h"
 #include "emulator/graph.h"
 #include "emulator/run.h"
 
@@ -21,15 +22,16 @@ struct Node {
   std::vector<char> arguments;
 };
 std::vector<Node> graph;
+int capability = 9;
 
 void run(const Kernel& kernel, int blocks, const void* arguments) {
   emulator::run(kernel.call, kernel.function, arguments, static_cast<unsigned>(blocks),
-                static_cast<unsigned>(kernel.threads), kernel.shared_bytes);
+                static_cast<unsigned>(kernel.threads), kernel.shared_bytes, static_cast<unsigned>(kernel.cluster));
 }
 
 }  // namespace
 
-std::vector<Device> devices(std::string*) { return {{"emulator", 9, 0, 2, size_t{1} << 30}}; }
+std::vector<Device> devices(std::string*) { return {{"emulator", capability, 0, 2, size_t{1} << 30}}; }
 
 Guard::Guard(int device) : previous_(device) {}
 Guard::~Guard() = default;
@@ -37,6 +39,10 @@ Guard::~Guard() = default;
 // Few, so that blocks take several chunks each.
 int multiprocessors() { return 2; }
 int blocks_per_multiprocessor(const Kernel&) { return 2; }
+int resident_clusters(const Kernel&) { return 2; }
+std::string why_no_cluster(const Kernel&) {
+  return capability >= 9 ? "" : "compute capability " + std::to_string(capability) + ".0";
+}
 size_t max_shared_bytes() { return size_t{227} << 10; }
 
 void* allocate(size_t bytes) {
@@ -71,6 +77,8 @@ int64_t launches() { return launched; }
 }  // namespace stepladder
 
 namespace emulator {
+
+void set_capability(int major) { stepladder::gpu::capability = major; }
 
 void begin_capture() { stepladder::gpu::graph.clear(); }
 void replay() {

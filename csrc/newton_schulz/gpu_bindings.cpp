@@ -20,7 +20,8 @@ py::dict matrix_kernels() {
   for (const gpu::Kernel* kernel : {&k.measure, &k.pack, &k.rescale, &k.symmetric, &k.multiply})
     all[kernel->name] = kernel->shared_bytes;
   for (int side = 0; side < kNumSides; ++side)
-    for (const bool streamed : {false, true}) all[on_chip_kernel(side, streamed).name] = on_chip_bytes(kSides[side], 1);
+    for (const bool streamed : {false, true})
+      all[on_chip_kernel(side, streamed).name] = on_chip_bytes(kSides[side], streamed, 1);
   return all;
 }
 
@@ -28,7 +29,8 @@ py::dict matrix_kernels() {
 
 void bind_newton_schulz_gpu(py::module_& m) {
   py::class_<GpuIteration>(m, "NewtonSchulzGpu", py::module_local())
-      .def(py::init<int, int64_t>(), py::arg("device"), py::arg("shared_limit") = INT64_MAX)
+      .def(py::init<int, int64_t, bool>(), py::arg("device"), py::arg("shared_limit") = INT64_MAX,
+           py::arg("clusters") = false)
       .def(
           "run",
           [](GpuIteration& iteration, const std::vector<PyMatrix>& matrices,

@@ -12,7 +12,7 @@ namespace stepladder::newton_schulz {
 namespace {
 
 // Wider matrices would keep one block busy for long: they are shared by many.
-constexpr int64_t kMaxStreamedPanels = 32;
+constexpr int64_t kMaxStreamedAspect = 32;
 constexpr int64_t kStreamedSlots = 2;
 constexpr int64_t kMaxSide = INT32_MAX - 1024;
 constexpr size_t kRecordWords = sizeof(MatrixRecord) / sizeof(uint64_t);
@@ -47,6 +47,12 @@ void check(const Job& job) {
   check_view(job.in, "in");
   check_view(job.out, "out");
   if (job.muon.active) check_view(job.muon.buffer, "momentum");
+}
+
+// Panels for which there is room in as much shared memory; below 1 where not even A fits.
+int64_t slots_in(int64_t memory, int side, bool streamed) {
+  const int64_t none = on_chip_bytes(side, streamed, 0), panel = on_chip_bytes(side, streamed, 1) - none;
+  return (memory - none) / panel;
 }
 
 Elements elements_of(View view, bool tall) {
@@ -93,6 +99,15 @@ struct Workspace {
 
 }  // namespace
 
+GpuIteration::GpuIteration(int device, int64_t shared_limit, bool clusters)
+    : device_(device), shared_limit_(shared_limit), sides_(clusters ? kNumSides : kNumSides - 1) {
+  if (!clusters) return;
+  const gpu::Guard guard(device_);
+  const std::string reason = gpu::why_no_cluster(cluster_kernel(false));
+  SL_CHECK(reason.empty(), "clusters of blocks were asked for on GPU ", device_, ", which has ", reason,
+           ", expected compute capability 9.0 or more and kernels compiled for it");
+}
+
 GpuIteration::~GpuIteration() {
   // At the process's end the runtime may be gone, and the device's memory with it.
   try {
@@ -114,17 +129,19 @@ std::vector<GpuIteration::Batch> GpuIteration::sort(const std::vector<Job>& jobs
       batch = batches.end() - 1;
       batch->options = job.options;
     }
-    const int side = static_cast<int>(std::lower_bound(kSides, kSides + kNumSides, short_side(job)) - kSides);
-    int64_t slots = 0, panels = 0;
-    const bool split = side < kNumSides && planes_of(kSides[side]) > 1;
+    const int side = static_cast<int>(std::lower_bound(kSides, kSides + sides_, short_side(job)) - kSides);
+    const bool split = side < sides_ && planes_of(kSides[side]) > 1;
     // The standard form serves matrices with few rows whichever is asked for: they have nothing to gain from another.
-    if (split || (side < kNumSides && !job.options->gram)) {
-      const int64_t panel = on_chip_bytes(kSides[side], 1) - on_chip_bytes(kSides[side], 0);
-      slots = (memory - on_chip_bytes(kSides[side], 0)) / panel;
-      panels = parts(long_side(job), kSides[side]);
+    const bool fits = split || (side < sides_ && !job.options->gram);
+    int64_t slots = 0, panels = 0;
+    bool streamed = false;
+    if (fits) {
+      slots = slots_in(memory, kSides[side], false);
+      panels = parts(long_side(job), int64_t{panel_width(kSides[side], false)} * blocks_of(kSides[side]));
+      streamed = panels > slots;
+      if (streamed) slots = slots_in(memory, kSides[side], true);
     }
-    const bool streamed = panels > slots;
-    if (slots < 1 || (streamed && !split && panels > kMaxStreamedPanels)) {
+    if (slots < 1 || (streamed && !split && long_side(job) > kMaxStreamedAspect * kSides[side])) {
       batch->grouped.push_back(&job);
       continue;
     }
@@ -219,11 +236,12 @@ void GpuIteration::launch(const gpu::Kernel& kernel, const void* arguments, int6
     return g.function == kernel.function && g.shared_bytes == kernel.shared_bytes;
   });
   if (known == grids_.end()) {
-    grids_.push_back(
-        {kernel.function, kernel.shared_bytes, gpu::multiprocessors() * gpu::blocks_per_multiprocessor(kernel)});
+    const int places = kernel.cluster > 1 ? gpu::resident_clusters(kernel)
+                                          : gpu::multiprocessors() * gpu::blocks_per_multiprocessor(kernel);
+    grids_.push_back({kernel.function, kernel.shared_bytes, places});
     known = grids_.end() - 1;
   }
-  gpu::launch(kernel, static_cast<int>(std::min<int64_t>(known->blocks, work)), arguments, stream);
+  gpu::launch(kernel, static_cast<int>(std::min<int64_t>(known->places, work)) * kernel.cluster, arguments, stream);
 }
 
 void GpuIteration::run_on_chip(const Batch& batch, const uint64_t* words, char* workspace, gpu::Stream stream) {
@@ -242,7 +260,7 @@ void GpuIteration::run_on_chip(const Batch& batch, const uint64_t* words, char* 
       arguments.polynomials[s] = {static_cast<float>(t.a), static_cast<float>(t.b), static_cast<float>(t.c)};
     }
     gpu::Kernel kernel = on_chip_kernel(o.side, o.streamed);
-    kernel.shared_bytes = static_cast<size_t>(on_chip_bytes(kSides[o.side], o.slots));
+    kernel.shared_bytes = static_cast<size_t>(on_chip_bytes(kSides[o.side], o.streamed, o.slots));
     launch(kernel, &arguments, arguments.count, stream);
   }
 }

@@ -17,8 +17,9 @@ class GpuIteration {
   // Memory on the device, aligned to 16 bytes, that lasts until the work on the stream is done. Asked for once at most.
   using Allocate = std::function<char*(int64_t bytes)>;
 
-  // A block asks for at most `shared_limit` bytes of shared memory: with 0 nothing is iterated on chip.
-  GpuIteration(int device, int64_t shared_limit) : device_(device), shared_limit_(shared_limit) {}
+  // A block asks for at most `shared_limit` bytes of shared memory: with 0 nothing is iterated on chip. `clusters`: so
+  // are matrices that take a cluster of blocks; an error where the device has none.
+  GpuIteration(int device, int64_t shared_limit, bool clusters);
   ~GpuIteration();
 
   // Waits for nothing. A capture keeps the addresses that it was given.
@@ -55,6 +56,7 @@ class GpuIteration {
 
   int device_;
   int64_t shared_limit_;
+  int sides_;  // of kSides, how many are iterated on chip
   std::vector<uint64_t> words_, uploaded_;
   DeviceBuffer table_;
   // Of captured iterations, whose graphs may be replayed at any time.
@@ -65,7 +67,7 @@ class GpuIteration {
   struct Grid {
     const void* function;
     size_t shared_bytes;
-    int blocks;
+    int places;  // blocks, or clusters
   };
   std::vector<Grid> grids_;
 };

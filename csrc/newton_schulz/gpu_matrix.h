@@ -63,7 +63,7 @@ struct Scaling {
   }
 };
 
-// Whole iterations, a block for each matrix.
+// Whole iterations, a block or a cluster for each matrix.
 struct OnChipLaunch {
   const MatrixRecord* matrices = nullptr;
   int64_t count = 0;
@@ -89,16 +89,22 @@ struct GroupedLaunch {
   bool last = false;  // the result goes to memory
 };
 
-// Matrices are iterated on chip whose smaller side is up to one of these.
-constexpr int kSides[] = {32, 64, 128};
-constexpr int kNumSides = 3;
+// Matrices are iterated on chip whose smaller side is up to one of these; the last takes a cluster of blocks.
+constexpr int kSides[] = {32, 64, 128, 256};
+constexpr int kNumSides = 4;
+constexpr int blocks_of(int side) { return side == kSides[kNumSides - 1] ? 2 : 1; }
 // Of a matrix with few rows, rounding to bf16 would change the singular values by more than of one with many: its
 // elements are kept as the sum of two bf16, in as many planes.
 constexpr int planes_of(int side) { return side == kSides[0] ? 2 : 1; }
+// Columns of a panel of X. In a cluster two of 64 fit beside B; where they are streamed, the next A's sums leave
+// registers for 32.
+constexpr int panel_width(int side, bool streamed) { return blocks_of(side) == 1 ? side : streamed ? 32 : 64; }
+// Doubles in which a block sums.
+constexpr int kScratch = 32;
 // Shared memory of a block that has room for `slots` panels.
-constexpr int64_t on_chip_bytes(int side, int64_t slots) {
-  return int64_t{2} * planes_of(side) * side * (side + 8) * (1 + slots) + 32 * sizeof(double) +
-         2 * side * sizeof(float);
+constexpr int64_t on_chip_bytes(int side, bool streamed, int64_t slots) {
+  return int64_t{2} * planes_of(side) * side * (side + 8 + slots * (panel_width(side, streamed) + 8)) +
+         kScratch * sizeof(double) + 2 * side * sizeof(float);
 }
 // The part of a matrix that one block measures or converts.
 constexpr int kChunkRows = 64, kChunkColumns = 256;
@@ -108,6 +114,7 @@ constexpr int kTileSide = 128;
 constexpr int kRescaledRows = 8;
 
 const gpu::Kernel& on_chip_kernel(int side, bool streamed);  // by index in kSides
+const gpu::Kernel& cluster_kernel(bool streamed);            // of the last side
 
 struct GroupedKernels {
   gpu::Kernel measure, pack, rescale, symmetric, multiply;

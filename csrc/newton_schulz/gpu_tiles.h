@@ -7,8 +7,9 @@
 namespace stepladder::newton_schulz {
 
 // kRows x kColumns of a product, spread over a warp.
-template <int kRows, int kColumns>
+template <int kTileRows, int kTileColumns>
 struct Tile {
+  static constexpr int kRows = kTileRows, kColumns = kTileColumns;
   static_assert(kRows % 16 == 0 && kColumns % 16 == 0, "tiles are made of 16x16 elements");
   static constexpr int kRowParts = kRows / 16, kColumnParts = kColumns / 8;
   float values[kRowParts][kColumnParts][4];

@@ -7,7 +7,7 @@ import numbers
 import os
 import threading
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Names the fastest matrix unit of the CPU that may be used: "amx", "avx512_bf16", or "torch" for torch's products.
 UNIT_VARIABLE = "STEPLADDER_MATRIX_UNIT"
 TORCH = "torch"
+# Whether CUDA kernels take clusters of blocks for matrices with a smaller side of 129 to 256: "1", or "0", the default.
+CLUSTERS_VARIABLE = "STEPLADDER_CLUSTERS"
 # Of workspace that is kept from call to call.
 KEPT_BYTES = 1 << 28
 
@@ -173,6 +175,18 @@ def matrix_unit() -> str:
     return asked
 
 
+def clusters_asked() -> bool:
+    """Whether the environment asks for clusters of blocks.
+
+    Raises:
+        ValueError: It says neither yes nor no.
+    """
+    asked = os.environ.get(CLUSTERS_VARIABLE, "0")
+    if asked not in ("0", "1"):
+        raise ValueError(f"{CLUSTERS_VARIABLE}={asked!r} is unknown, expected '0' or '1'")
+    return asked == "1"
+
+
 def _by_reference(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
     return [iterate(x, chosen, method, eps, x.dtype) for x in given]
 
@@ -218,7 +232,7 @@ _kept = threading.local()
 
 def kept_iterations() -> list[object]:
     """This thread's iterations; graphs that were captured point into their memory."""
-    return list(getattr(_kept, "iterations", {}).values())
+    return list(_iterations().values())
 
 
 def workspace(size: int, device: torch.device) -> Tensor:
@@ -226,26 +240,48 @@ def workspace(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def run_compiled(matrices: list[Matrix], backend: str, device: torch.device) -> None:
-    """Run the compiled kernels on all matrices together, which lie on this device."""
+def gpu_iteration(device: torch.device) -> _C.NewtonSchulzGpu:
+    """This thread's for a GPU, with clusters of blocks where the environment asks for them.
+
+    Raises:
+        ValueError: The environment's answer is unknown.
+        RuntimeError: It asks for clusters, and this GPU or build has none.
+    """
+    index, clusters = device.index or 0, clusters_asked()
+    kept = _iterations()
+    key = ("cuda", index, clusters)
+    if key not in kept:
+        try:
+            kept[key] = _C.NewtonSchulzGpu(index, clusters=clusters)
+        except _C.Error as error:
+            raise RuntimeError(f"{CLUSTERS_VARIABLE}='1' cannot run here: {error}") from error
+    iteration: _C.NewtonSchulzGpu = kept[key]
+    return iteration
+
+
+def _iterations() -> dict[tuple[Any, ...], Any]:
     if not hasattr(_kept, "iterations"):
         _kept.iterations = {}
-    key = (backend, device.index)
+    kept: dict[tuple[Any, ...], Any] = _kept.iterations
+    return kept
+
+
+def run_compiled(matrices: list[Matrix], backend: str, device: torch.device) -> None:
+    """Run the compiled kernels on all matrices together, which lie on this device."""
     if backend == "cpu":
-        if key not in _kept.iterations:
-            _kept.iterations[key] = _C.NewtonSchulzCpu(KEPT_BYTES)
-        _kept.iterations[key].run(matrices, matrix_unit(), torch.get_num_threads())
+        kept = _iterations()
+        if ("cpu",) not in kept:
+            kept["cpu",] = _C.NewtonSchulzCpu(KEPT_BYTES)
+        kept["cpu",].run(matrices, matrix_unit(), torch.get_num_threads())
         return
-    index = device.index or 0
-    if key not in _kept.iterations:
-        _kept.iterations[key] = _C.NewtonSchulzGpu(index)
+    iteration = gpu_iteration(device)
     workspaces: list[Tensor] = []
 
     def allocate(count: int) -> int:
         workspaces.append(workspace(count, device))
         return workspaces[-1].data_ptr()
 
-    _kept.iterations[key].run(matrices, allocate, current_stream(index))
+    iteration.run(matrices, allocate, current_stream(device.index or 0))
 
 
 def _compiled(

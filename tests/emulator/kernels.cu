@@ -310,6 +310,111 @@ divergent_product(SL_ARGUMENTS(Arguments) a) {
   atomicAdd(a.out, 1);
 }
 
+// Each lane's words, of a matrix and of its transpose.
+SL_KERNEL(kThreads)
+matrix_transposes(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Matrices<bf16>, m);
+  fill(m);
+  uint32_t words[1], across[1];
+  gpu::load_matrices<1, false>(&m.a[threadIdx.x % 8][0], words);
+  gpu::load_matrices<1, true>(&m.a[threadIdx.x % 8][0], across);
+  atomicAdd(a.out, gpu::transpose_matrix(words[0]) == across[0] ? 1 : 0);
+}
+
+// Each block of a cluster puts its numbers down in the other's memory, which adds them up; twice.
+SL_KERNEL(kThreads)
+exchange(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Values, values);
+  const unsigned rank = gpu::cluster_rank();
+  gpu::cluster_barrier();
+  for (int round = 0; round < 2; ++round) {
+    gpu::shared_of(1 - rank, &values)->of[threadIdx.x] = static_cast<int>(1000 * rank + threadIdx.x);
+    gpu::cluster_barrier();
+    atomicAdd(a.out, values[(threadIdx.x + 1) % kThreads]);
+    gpu::cluster_barrier();
+  }
+  if (rank != blockIdx.x) atomicAdd(a.out, 1);
+}
+
+SL_KERNEL(kThreads)
+missing_first_cluster_barrier(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Values, values);
+  gpu::shared_of(1 - gpu::cluster_rank(), &values)->of[threadIdx.x] = 1;
+  gpu::cluster_barrier();
+  atomicAdd(a.out, values[threadIdx.x]);
+}
+
+SL_KERNEL(kThreads)
+missing_cluster_barrier_before_read(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Values, values);
+  gpu::cluster_barrier();
+  gpu::shared_of(1 - gpu::cluster_rank(), &values)->of[threadIdx.x] = 1;
+  __syncthreads();  // of this block alone
+  atomicAdd(a.out, values[threadIdx.x]);
+  gpu::cluster_barrier();
+}
+
+SL_KERNEL(kThreads)
+missing_cluster_barrier_before_write(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Values, values);
+  values[threadIdx.x] = 1;
+  gpu::cluster_barrier();
+  atomicAdd(a.out, values[threadIdx.x]);
+  __syncthreads();
+  gpu::shared_of(1 - gpu::cluster_rank(), &values)->of[threadIdx.x] = 2;
+  gpu::cluster_barrier();
+}
+
+// One block may go while the other writes to it, whichever the emulator lets end first.
+template <unsigned kWriter>
+SL_KERNEL(kThreads)
+missing_last_cluster_barrier(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Values, values);
+  Values* const other = gpu::shared_of(1 - gpu::cluster_rank(), &values);
+  gpu::cluster_barrier();
+  if (gpu::cluster_rank() == kWriter) other->of[threadIdx.x] = 1;
+  atomicAdd(a.out, 1);
+}
+
+SL_KERNEL(kThreads)
+block_that_has_ended(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Values, values);
+  gpu::cluster_barrier();
+  if (gpu::cluster_rank() == 0) gpu::shared_of(1, &values)->of[threadIdx.x] = 1;
+  atomicAdd(a.out, 1);
+}
+
+SL_KERNEL(kThreads)
+block_of_no_rank(SL_ARGUMENTS(Arguments) a) {
+  SL_SHARED(Values, values);
+  gpu::cluster_barrier();
+  gpu::shared_of(2, &values)->of[threadIdx.x] = 1;
+  atomicAdd(a.out, 1);
+}
+
+SL_KERNEL(kThreads)
+private_of_another_block(SL_ARGUMENTS(Arguments) a) {
+  int own = 0;
+  gpu::cluster_barrier();
+  atomicAdd(a.out, *gpu::shared_of(1 - gpu::cluster_rank(), &own));
+}
+
+// One block waits for the cluster, the other for its own threads, of which one waits for the cluster.
+SL_KERNEL(kThreads)
+divergent_cluster_barrier(SL_ARGUMENTS(Arguments) a) {
+  if (gpu::cluster_rank() == 0 || threadIdx.x == 0) {
+    gpu::cluster_barrier();
+  } else {
+    __syncthreads();
+  }
+  atomicAdd(a.out, 1);
+}
+
+gpu::Kernel of_cluster(int blocks, gpu::Kernel kernel) {
+  kernel.cluster = blocks;
+  return kernel;
+}
+
 gpu::Kernel with_lines(gpu::Kernel kernel) {
   kernel.shared_bytes = 2 * kThreads * sizeof(Line);
   return kernel;
@@ -341,6 +446,18 @@ const gpu::Kernel kKernels[] = {
     with_lines(gpu::kernel("copy_beyond_shared_memory", kThreads, copy_beyond_shared_memory)),
     gpu::kernel("no_dynamic_shared_memory", kThreads, misaligned_copy),
     gpu::kernel("divergent_product", kThreads, divergent_product),
+    gpu::kernel("matrix_transposes", kThreads, matrix_transposes),
+    of_cluster(2, gpu::kernel("exchange", kThreads, exchange)),
+    of_cluster(2, gpu::kernel("missing_first_cluster_barrier", kThreads, missing_first_cluster_barrier)),
+    of_cluster(2, gpu::kernel("missing_cluster_barrier_before_read", kThreads, missing_cluster_barrier_before_read)),
+    of_cluster(2, gpu::kernel("missing_cluster_barrier_before_write", kThreads, missing_cluster_barrier_before_write)),
+    of_cluster(2, gpu::kernel("first_misses_last_cluster_barrier", kThreads, missing_last_cluster_barrier<0>)),
+    of_cluster(2, gpu::kernel("second_misses_last_cluster_barrier", kThreads, missing_last_cluster_barrier<1>)),
+    of_cluster(2, gpu::kernel("block_that_has_ended", kThreads, block_that_has_ended)),
+    of_cluster(2, gpu::kernel("block_of_no_rank", kThreads, block_of_no_rank)),
+    of_cluster(2, gpu::kernel("private_of_another_block", kThreads, private_of_another_block)),
+    of_cluster(2, gpu::kernel("divergent_cluster_barrier", kThreads, divergent_cluster_barrier)),
+    of_cluster(3, gpu::kernel("part_of_a_cluster", kThreads, exchange)),
 };
 
 }  // namespace
@@ -351,7 +468,8 @@ int main(int, char** names) {
     std::vector<int> out(8);
     const Arguments arguments{out.data()};
     try {
-      emulator::run(kernel.call, kernel.function, &arguments, 2, kernel.threads, kernel.shared_bytes);
+      emulator::run(kernel.call, kernel.function, &arguments, 2, kernel.threads, kernel.shared_bytes,
+                    static_cast<unsigned>(kernel.cluster));
       printf("result %d\n", out[0]);
     } catch (const Error& error) {
       printf("error: %s\n", error.what());

@@ -1,4 +1,5 @@
-// Runs the on-chip Newton-Schulz kernels of one size, resident and streamed, and says of each which race it had.
+// Runs the on-chip Newton-Schulz kernels of one size of blocks and of clusters, resident and streamed, and says of each
+// which race it had.
 #include <cstdio>
 #include <vector>
 
@@ -11,20 +12,24 @@ using namespace stepladder::newton_schulz;
 
 namespace {
 
-constexpr int kRows = 60, kColumns = 200;
+struct Size {
+  int side;  // index in kSides
+  int rows, columns;
+};
+constexpr Size kBlock = {1, 60, 200}, kCluster = {3, 130, 250};
 
-void run(bool streamed, int slots, bool prescale) {
-  std::vector<float> in(kRows * kColumns), out(in.size());
+void run(const Size& size, bool streamed, int slots, bool prescale) {
+  std::vector<float> in(size.rows * size.columns), out(in.size());
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i * 7919 % 1009) - 504.0f;
-  std::vector<uint16_t> workspace(2 * in.size());
+  std::vector<uint16_t> workspace(2 * size.rows * ((size.columns + 7) / 8 * 8));
   // Two, as what a block does for one must be done with when it begins the next.
   MatrixRecord matrices[2] = {};
   for (int i = 0; i < 2; ++i) {
-    matrices[i].in = {in.data(), kColumns, 1, static_cast<int64_t>(DType::f32)};
-    matrices[i].out = {out.data(), kColumns, 1, static_cast<int64_t>(DType::f32)};
-    matrices[i].rows = kRows;
-    matrices[i].columns = kColumns;
-    matrices[i].buffers[0] = static_cast<int64_t>(i * in.size() * sizeof(uint16_t));
+    matrices[i].in = {in.data(), size.columns, 1, static_cast<int64_t>(DType::f32)};
+    matrices[i].out = {out.data(), size.columns, 1, static_cast<int64_t>(DType::f32)};
+    matrices[i].rows = size.rows;
+    matrices[i].columns = size.columns;
+    matrices[i].buffers[0] = static_cast<int64_t>(i * workspace.size());
   }
   OnChipLaunch launch;
   launch.matrices = matrices;
@@ -35,10 +40,11 @@ void run(bool streamed, int slots, bool prescale) {
   launch.steps = 3;
   launch.polynomials[0] = launch.polynomials[1] = {3.4445f, -4.775f, 2.0315f};
   launch.polynomials[2] = {1.5f, -0.5f, 0.0f};
-  const gpu::Kernel& kernel = on_chip_kernel(1, streamed);
-  const auto shared = static_cast<size_t>(on_chip_bytes(kSides[1], slots));
+  const gpu::Kernel& kernel = on_chip_kernel(size.side, streamed);
+  const auto shared = static_cast<size_t>(on_chip_bytes(kSides[size.side], streamed, slots));
+  const auto cluster = static_cast<unsigned>(kernel.cluster);
   try {
-    emulator::run(kernel.call, kernel.function, &launch, 1, kernel.threads, shared);
+    emulator::run(kernel.call, kernel.function, &launch, cluster, kernel.threads, shared, cluster);
     printf("right\n");
   } catch (const Error& error) {
     printf("error: %s\n", error.what());
@@ -49,7 +55,9 @@ void run(bool streamed, int slots, bool prescale) {
 
 int main() {
   for (const bool prescale : {false, true}) {
-    run(false, 4, prescale);
-    for (const int slots : {1, 2, 3}) run(true, slots, prescale);
+    run(kBlock, false, 4, prescale);
+    for (const int slots : {1, 2, 3}) run(kBlock, true, slots, prescale);
+    run(kCluster, false, 2, prescale);
+    for (const int slots : {1, 2}) run(kCluster, true, slots, prescale);
   }
 }

@@ -40,7 +40,12 @@ ON_CHIP_KERNELS = {
     for side, planes in ((32, 2), (64, 1), (128, 1))
     for kind in ("resident", "streamed")
 }
-MATRIX_KERNELS = GROUPED_KERNELS | ON_CHIP_KERNELS
+# Of a cluster's blocks, each with a panel of so many columns.
+CLUSTER_KERNELS = {
+    f"{kind}_256": 2 * 256 * (256 + 8 + width + 8) + 256 + 8 * 256
+    for kind, width in (("resident", 64), ("streamed", 32))
+}
+MATRIX_KERNELS = GROUPED_KERNELS | ON_CHIP_KERNELS | CLUSTER_KERNELS
 FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 # Compiles and disassemblies under way at once.
 WORKERS = 2
@@ -243,7 +248,7 @@ def cuda_cubins(arch: str, directory: Path, wanted: str = "") -> tuple[list[Cubi
     ]
     if any(wanted in name for name in NORM_KERNELS):
         jobs.append(("norms", norms, [f"-I{sources}"]))
-    for part, names in (("grouped", GROUPED_KERNELS), ("on_chip", ON_CHIP_KERNELS)):
+    for part, names in (("grouped", GROUPED_KERNELS), ("on_chip", ON_CHIP_KERNELS), ("cluster", CLUSTER_KERNELS)):
         if any(wanted in name for name in names):
             jobs.append((part, sources / f"newton_schulz/gpu_{part}.cu", [f"-I{sources}"]))
     files = in_parallel(lambda job: compile_source(job[1], directory / f"{job[0]}.cubin", arch, *job[2]), jobs)

@@ -89,8 +89,8 @@ class Mixed(Optimizer):
         """Raise ValueError for values that a parameter cannot have before its first step."""
 
     @classmethod
-    def check_backends(cls, chosen: set[str]) -> None:
-        """Raise where one of the backends that matrices were given to could not run."""
+    def check_backends(cls, chosen: set[tuple[str, torch.device]]) -> None:
+        """Raise where one of the backends that matrices were given to could not run on its device."""
 
     @classmethod
     @abstractmethod
@@ -254,7 +254,7 @@ class MixedEngine(Engine):
                     self.family.check_start(param, group, where)
                 tasks.append((param, group, backend))
             first += len(params)
-        self.family.check_backends({backend for _, _, backend in tasks})
+        self.family.check_backends({(backend, param.device) for param, _, backend in tasks})
         return tasks
 
     def _total_norm(self, optimizer: torch.optim.Optimizer, inverse_scale: float) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepladder.coefficients import Triple, resolve
-from stepladder.newton_schulz import matrix_unit
+from stepladder.newton_schulz import gpu_iteration, matrix_unit
 from stepladder.optim import checks
 from stepladder.optim.base import Group
 from stepladder.optim.engine import has_internal_overlap
@@ -248,9 +248,12 @@ class Orthogonalized(Mixed):
         layout_of(param, group, where, cls.__name__)
 
     @classmethod
-    def check_backends(cls, chosen: set[str]) -> None:
-        if "cpu" in chosen:
-            matrix_unit()
+    def check_backends(cls, chosen: set[tuple[str, torch.device]]) -> None:
+        for backend, device in chosen:
+            if backend == "cpu":
+                matrix_unit()
+            elif backend == "cuda":
+                gpu_iteration(device)
 
     @classmethod
     def scale(cls, group: Group, shape: torch.Size) -> float:
