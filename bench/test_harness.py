@@ -15,12 +15,13 @@ import torch
 from click.testing import CliRunner
 
 import stepladder as sl
-from stepladder.bench import cli, matrices, rivals
+from stepladder.bench import cli, matrices, preconditioners, rivals
 from stepladder.bench.cases import CASES, DTYPES
 from stepladder.bench.check import TENSOR_ELEMENTS, TOTAL_ELEMENTS, check, sample
 from stepladder.bench.choices import choices
 from stepladder.bench.matrices import bench_matrices
 from stepladder.bench.measure import FEWEST_ROUNDS, OURS, YARDSTICK, Contenders, Settings, measure
+from stepladder.bench.preconditioners import bench_preconditioners
 from stepladder.bench.results import fit, run
 from stepladder.bench.rivals import Other, Rival, names_of, rivals_of
 from stepladder.bench.shapes import SETS, elements
@@ -246,6 +247,29 @@ def test_an_interrupted_measurement_writes_what_it_has(tmp_path: Path, monkeypat
 def test_wrong_matrices_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(matrices.Cpu.rivals, matrices.THEIRS, lambda x: 1.5 * sl.reference.newton_schulz(x))
     result = CliRunner().invoke(bench_matrices, ["--side", "24", "--aspect", "1", "--batch", "1", "--no-muon"])
+    assert result.exit_code == 1
+    assert "red" in result.output
+
+
+@pytest.mark.parametrize("family", ["Shampoo", "SOAP"])
+def test_preconditioners_are_checked_timed_and_written(family: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    size = ["--layers", "1", "--width", "16", "--seconds", "0"]
+    result = CliRunner().invoke(bench_preconditioners, ["--family", family, *size, "--csv", str(path)])
+    assert result.exit_code == 0, result.output
+    with path.open() as file:
+        first, second, *_ = csv.DictReader(file)
+    assert (first["contender"], first["check"], first["ratio_median"]) == ("stepladder", "ok", "")
+    assert float(second["ratio_median"]) > 0
+    # Factors of 16, 48 and 64 and as many roots or bases; two moments; a step count and a count of failures.
+    sides = (48**2 + 16**2) + 2 * 16**2 + 2 * (64**2 + 16**2)
+    elements = 16 * (48 + 16 + 64 + 64)
+    assert int(first["state_bytes"]) == 4 * (2 * sides + 2 * elements + 2 * 4)
+
+
+def test_wrong_preconditioners_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preconditioners, "checked", lambda family: float("nan"))
+    result = CliRunner().invoke(bench_preconditioners, ["--family", "SOAP", "--layers", "1", "--width", "16"])
     assert result.exit_code == 1
     assert "red" in result.output
 

@@ -111,7 +111,7 @@ def optimizers(spec: str, model: nn.Module, lr: float | None, fallback_lr: float
     cls, arguments = parse(spec)
     if lr is not None:
         arguments["lr"] = lr
-    if not is_muon(spec):
+    if not hasattr(cls, "algorithm") and cls is not torch.optim.Muon:
         return [cls(model.parameters(), **arguments)]
     groups = sl.param_groups(
         model, algorithm=getattr(cls, "algorithm", "muon"), adamw={"lr": fallback_lr, "weight_decay": 0.01}
@@ -121,10 +121,6 @@ def optimizers(spec: str, model: nn.Module, lr: float | None, fallback_lr: float
     matrices = [p for group in groups if group["algorithm"] == "muon" for p in group["params"]]
     rest = [p for group in groups if group["algorithm"] != "muon" for p in group["params"]]
     return [cls(matrices, **arguments), torch.optim.AdamW(rest, lr=fallback_lr, weight_decay=0.01)]
-
-
-def is_muon(spec: str) -> bool:
-    return parse(spec)[0].__name__ in ("Muon", "MuonH")
 
 
 class Run:
@@ -167,7 +163,7 @@ class Run:
         """Move every weight by one rounding of the step's coarsest arithmetic, up or down."""
         for p in self.model.parameters():
             sign = torch.randint(2, p.shape, generator=generator) * 2 - 1
-            coarsest = torch.bfloat16 if is_muon(self.name) else p.dtype
+            coarsest = torch.bfloat16 if parse(self.name)[0].__name__ in ("Muon", "MuonH") else p.dtype
             p.mul_(1 + torch.finfo(coarsest).eps * sign.to(p.dtype))
 
     @torch.no_grad()

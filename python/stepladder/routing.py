@@ -18,16 +18,17 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stepladder.architecture import Architecture, Member, is_convolution, is_transposed, parts_by_structure
-from stepladder.optim import Muon, MuonH
+from stepladder.optim import SOAP, Muon, MuonH, Shampoo
 from stepladder.optim.base import SHARED_OPTIONS
 from stepladder.optim.mixed import ALGORITHMS as ELEMENTWISE
 from stepladder.optim.mixed import Mixed, defaults_of
+from stepladder.optim.orthogonalized import Orthogonalized
 
 Group = dict[str, Any]
 # An algorithm, or options of a group, the algorithm among them or not.
 Choice = str | Mapping[str, Any]
-# Those that take matrices only.
-OF_MATRICES: dict[str, type[Mixed]] = {Muon.algorithm: Muon, MuonH.algorithm: MuonH}
+# Those that hidden matrices are for; other parameters are the fallback's.
+OF_MATRICES: dict[str, type[Mixed]] = {cls.algorithm: cls for cls in (Muon, MuonH, Shampoo, SOAP)}
 ALGORITHMS = (*OF_MATRICES, *ELEMENTWISE)
 ATTRIBUTE = "stepladder_algorithm"
 # Group keys that are decided here.
@@ -151,7 +152,7 @@ def param_groups(
     Args:
         model: Its parameters have their shapes already; wrappers for data parallelism and compilation are looked
             through, and their parts of the names dropped.
-        algorithm: For hidden matrices: "muon", "muonh" (for `sl.MuonH`), or an elementwise one.
+        algorithm: For hidden matrices: "muon", "muonh" (for `sl.MuonH`), "shampoo", "soap", or an elementwise one.
         fallback: "adamw", "lion", "sgd", or "momentum", which is SGD with a momentum of 0.9.
         embeddings: An algorithm, or a dict of options for their group ("algorithm" among them or not); None means
             `fallback`.
@@ -292,7 +293,7 @@ class _Router:
                 algorithm = self.fallback
             choice = choice or given
         keys: dict[str, Any] = {}
-        if algorithm in OF_MATRICES:
+        if issubclass(OF_MATRICES.get(algorithm, Mixed), Orthogonalized):
             keys = self._keys(member)
             reason += _in_words(keys)
         return _Decision(algorithm, reason, choice, keys, kind == "vector" or member.is_vector)
