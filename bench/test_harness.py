@@ -254,17 +254,17 @@ def test_wrong_matrices_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", ["Shampoo", "SOAP"])
 def test_preconditioners_are_checked_timed_and_written(family: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    size = ["--layers", "1", "--width", "16", "--seconds", "0"]
+    size = ["--layers", "1", "--width", "40", "--seconds", "0"]
     result = CliRunner().invoke(bench_preconditioners, ["--family", family, *size, "--csv", str(path)])
     assert result.exit_code == 0, result.output
     with path.open() as file:
         first, second, *_ = csv.DictReader(file)
     assert (first["contender"], first["check"], first["ratio_median"]) == ("stepladder", "ok", "")
     assert float(second["ratio_median"]) > 0
-    # Factors of 16, 48 and 64 and as many roots or bases; two moments; a step count and a count of failures.
-    sides = (48**2 + 16**2) + 2 * 16**2 + 2 * (64**2 + 16**2)
-    elements = 16 * (48 + 16 + 64 + 64)
-    assert int(first["state_bytes"]) == 4 * (2 * sides + 2 * elements + 2 * 4)
+    # Factors, and as many roots or bases; two moments; a step count and a count of failures.
+    other = (120, 40, 160, 160)
+    factors = sum(40**2 + n**2 for n in other)
+    assert int(first["state_bytes"]) == 4 * (2 * factors + 2 * 40 * sum(other) + 2 * len(other))
 
 
 def test_wrong_preconditioners_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
