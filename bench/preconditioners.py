@@ -24,7 +24,7 @@ from stepladder.bench.results import Quantiles
 from stepladder.optim.base import Optimizer
 
 FREQUENCY = 10
-SMALL = ((40, 24), (24, 24), (17,), (6, 5, 3))
+SMALL = ((40, 30), (33, 33), (17,), (6, 5, 3))
 # A gate, not a bound: in fp32 fast and slow version part by 1e-6 over three refreshes; a wrong one by the order of 1.
 TOLERANCE = 1e-3
 
