@@ -105,19 +105,23 @@ class Row:
 
     Attributes:
         name: What it is.
-        flops: Of the standard form, 2·(2m²n + m³) a step and matrix.
+        flops: Of the standard form, 2·(2m²n + m³) a step and matrix; NaN where none are counted.
+        limit: Of the errors.
         rounds: How many turns each contender had.
         errors: Relative distance of each of ours from torch's result.
         ms: Quantiles of milliseconds, by contender; without those of ours that are red.
         ratios: Of each other contender over the first of ours, within rounds.
         forms: Of ours, the form asked for and who multiplies.
+        notes: What else is to be said of one of ours.
         standard: By contender in the Gram form, how many times longer the standard form of the same takes, within
             rounds.
     """
 
     name: str
-    flops: float
+    flops: float = float("nan")
+    limit: float = TOLERANCE
     rounds: int = 0
+    notes: dict[str, str] = field(default_factory=dict)
     forms: dict[str, tuple[str, str]] = field(default_factory=dict)
     standard: dict[str, Quantiles] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
@@ -127,7 +131,7 @@ class Row:
     @property
     def red(self) -> list[str]:
         """Those of ours whose result is not torch's. NaN is not."""
-        return [name for name, error in self.errors.items() if not error <= TOLERANCE]
+        return [name for name, error in self.errors.items() if not error <= self.limit]
 
     def rate(self, name: str) -> float:
         """GFLOP/s of a contender."""

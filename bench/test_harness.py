@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import stepladder as sl
-from stepladder.bench import cli, matrices, preconditioners, rivals
+from stepladder.bench import cli, matrices, preconditioners, rivals, roots
 from stepladder.bench.cases import CASES, DTYPES
 from stepladder.bench.check import TENSOR_ELEMENTS, TOTAL_ELEMENTS, check, sample
 from stepladder.bench.choices import choices
@@ -24,6 +24,7 @@ from stepladder.bench.measure import FEWEST_ROUNDS, OURS, YARDSTICK, Contenders,
 from stepladder.bench.preconditioners import bench_preconditioners
 from stepladder.bench.results import fit, run
 from stepladder.bench.rivals import Other, Rival, names_of, rivals_of
+from stepladder.bench.roots import bench_roots
 from stepladder.bench.shapes import SETS, elements
 
 SHAPES = [(40, 30), (7,), (1,), (5000,)]
@@ -270,6 +271,28 @@ def test_preconditioners_are_checked_timed_and_written(family: str, tmp_path: Pa
 def test_wrong_preconditioners_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preconditioners, "checked", lambda family: float("nan"))
     result = CliRunner().invoke(bench_preconditioners, ["--family", "SOAP", "--layers", "1", "--width", "16"])
+    assert result.exit_code == 1
+    assert "red" in result.output
+
+
+def test_roots_and_bases_are_checked_timed_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    result = CliRunner().invoke(bench_roots, ["--batch", "3", "24", "--seconds", "0", "--csv", str(path)])
+    assert result.exit_code == 0, result.output
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["what"], row["check"]) for row in rows] == [
+        ("3 roots of 24, p=4", "ok"),
+        ("3 roots of 24, p=4", ""),
+        ("3 bases of 24", "ok"),
+        ("3 bases of 24", ""),
+    ]
+    assert all(float(row["ms_median"]) > 0 for row in rows)
+
+
+def test_wrong_roots_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roots, "worst_root", lambda X, A, p: float("nan"))
+    result = CliRunner().invoke(bench_roots, ["--batch", "2", "8", "--seconds", "0"])
     assert result.exit_code == 1
     assert "red" in result.output
 

@@ -5,6 +5,7 @@ import click
 from stepladder.bench.cli import bench
 from stepladder.bench.matrices import bench_matrices
 from stepladder.bench.preconditioners import bench_preconditioners
+from stepladder.bench.roots import bench_roots
 from stepladder.cli.info import info
 from stepladder.cli.profile import profile
 
@@ -19,4 +20,5 @@ main.add_command(info)
 main.add_command(bench)
 main.add_command(bench_matrices)
 main.add_command(bench_preconditioners)
+main.add_command(bench_roots)
 main.add_command(profile)
