@@ -11,6 +11,7 @@
 #include "multi_tensor/plan.h"
 #include "newton_schulz/cpu_bindings.h"
 #if defined(SL_HAS_CUDA)
+#include "matrix_root/gpu_bindings.h"
 #include "newton_schulz/gpu_bindings.h"
 #endif
 #include "step_plan.h"
@@ -152,6 +153,7 @@ PYBIND11_MODULE(SL_MODULE, m) {
   bind_matrix_product(m);
 #if defined(SL_HAS_CUDA)
   bind_newton_schulz_gpu(m);
+  bind_matrix_root_gpu(m);
 #endif
 
   // Local: a second module, with the emulator in place of a GPU, may stand beside this one.

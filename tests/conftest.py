@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import Kernels
 
-from stepladder import backends, newton_schulz, ops
+from stepladder import backends, cuda_roots, newton_schulz, ops
 from stepladder.optim import engine, mixed
 
 ROOT = Path(__file__).parents[1]
@@ -84,10 +84,11 @@ def emulated(emulated_module, monkeypatch):
         for backend in backends.TABLE
     )
     monkeypatch.setattr(backends, "TABLE", table)
-    for module in (engine, newton_schulz):
+    for module in (cuda_roots, engine, newton_schulz):
         monkeypatch.setattr(module, "_C", emulated_module)
         monkeypatch.setattr(module, "current_stream", lambda index: int(device.capturing))
-    monkeypatch.setattr(newton_schulz, "_kept", threading.local())
+    for module in (cuda_roots, newton_schulz):
+        monkeypatch.setattr(module, "_kept", threading.local())
     monkeypatch.setattr(newton_schulz, "workspace", device.workspace)
     for module in (engine, mixed):
         monkeypatch.setattr(module, "is_capturing", lambda: device.capturing)

@@ -62,6 +62,7 @@ RIGHT = {
     "collectives": 2 * 96,
     "matrix_loads": 2 * 96,
     "matrix_products": 2 * 96,
+    "other_products": 2 * 96,
     "copies": 2 * 2 * 96,
     "matrix_transposes": 2 * 96,
     "exchange": 2 * (2 * 4560 + 96 * 1000),

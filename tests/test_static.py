@@ -151,7 +151,8 @@ def arithmetic_faults(ptx: str) -> list[str]:
 
 def test_every_kernel_is_there_by_its_name(kernels):
     expected = [name for pair in cubins.PAIRS for name in cubins.names_of_pair(pair)]
-    assert [kernel.name for kernel in kernels] == sorted([*expected, *cubins.NORM_KERNELS, *cubins.MATRIX_KERNELS])
+    expected += [*cubins.NORM_KERNELS, *cubins.MATRIX_KERNELS, *cubins.ROOT_KERNELS]
+    assert [kernel.name for kernel in kernels] == sorted(expected)
 
 
 def test_no_kernel_spills(kernels):
@@ -171,11 +172,12 @@ def test_other_kernels_that_store_elements_do_so_too(kernels):
 def test_every_multiprocessor_has_room_for_two_blocks(kernels):
     """Else nothing is in flight while a block looks up its next tensor.
 
-    But for one, which keeps two tiles of sums in registers, and copies its next panel in the meantime; and but for
-    clusters, whose blocks each take a multiprocessor's shared memory.
+    But for one, which keeps two tiles of sums in registers, and copies its next panel in the meantime; for one that
+    fills the shared memory with three matrices, and reads nothing else; and for clusters, whose blocks each take a
+    multiprocessor's shared memory.
     """
     alone = [kernel.name for kernel in kernels if kernel.occupancy.blocks < 2]
-    assert alone == ["resident_256", "streamed_128", "streamed_256"]
+    assert alone == ["resident_256", "roots_128_f32", "streamed_128", "streamed_256"]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,17 @@ Kernel kernel(const char* name, int threads, void (*function)(Arguments)) {
 #endif
 }
 
+// threadIdx.x, read anew each time: what is computed from it need not be kept in registers meanwhile.
+SL_DEVICE int thread_anew() {
+#if defined(__CUDA_ARCH__)
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
 struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
@@ -145,6 +156,44 @@ SL_DEVICE void multiply_f16(float* sum, const uint32_t* a, const uint32_t* b) {
   SL_MMA("f16");
 #elif !defined(__CUDACC__)
   ::emulator::multiply_matrices(::emulator::Half::f16, sum, a, b);
+#endif
+}
+
+// The nearest number of 11 bits of mantissa, halves away from zero, as mma takes it.
+SL_DEVICE uint32_t round_to_tf32(float value) {
+#if defined(__CUDA_ARCH__)
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+#else
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
+#endif
+}
+
+// mma.m16n8k8: sum += a b in fp32, of operands in tf32. Lane 4g + t holds of a the elements (g, t), (g+8, t), (g, t+4),
+// (g+8, t+4), of b (t, g), (t+4, g), of the sum the pairs at (g, 2t), (g+8, 2t).
+SL_DEVICE void multiply_tf32(float* sum, const uint32_t* a, const uint32_t* b) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif !defined(__CUDACC__)
+  ::emulator::multiply_tf32(sum, a, b);
+#endif
+}
+
+// mma.m8n8k4: sum += a b in fp64. Lane 4g + t holds a's element (g, t), b's (t, g), and the sum's pair at (g, 2t).
+SL_DEVICE void multiply_f64(double* sum, double a, double b) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+               : "+d"(sum[0]), "+d"(sum[1])
+               : "d"(a), "d"(b));
+#elif !defined(__CUDACC__)
+  ::emulator::multiply_f64(sum, a, b);
 #endif
 }
 

@@ -388,6 +388,49 @@ void multiply_for_all(const uint64_t* values) {
   }
 }
 
+struct Tf32Product {
+  float* sum;
+  const uint32_t *a, *b;
+};
+
+void multiply_tf32_for_all(const uint64_t* values) {
+  float a[16][8], b[8][8];
+  const Tf32Product* products[kWarp];
+  const auto taken = [](uint32_t word) { return stepladder::bit_cast<float>(word & 0xffffe000u); };
+  for (int l = 0; l < kWarp; ++l) {
+    const Tf32Product& p = *(products[l] = reinterpret_cast<const Tf32Product*>(values[l]));
+    for (int k = 0; k < 4; ++k) a[l / 4 + k % 2 * 8][l % 4 + k / 2 * 4] = taken(p.a[k]);
+    for (int k = 0; k < 2; ++k) b[l / 4][l % 4 + k * 4] = taken(p.b[k]);
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    for (int k = 0; k < 4; ++k) {
+      const float* const row = a[l / 4 + k / 2 * 8];
+      const float* const column = b[l % 4 * 2 + k % 2];
+      float sum = products[l]->sum[k];
+      for (int i = 0; i < 8; ++i) sum += row[i] * column[i];
+      products[l]->sum[k] = sum;
+    }
+  }
+}
+
+struct WideProduct {
+  double *sum, a, b;
+};
+
+void multiply_f64_for_all(const uint64_t* values) {
+  double a[8][4], b[8][4];
+  for (int l = 0; l < kWarp; ++l) {
+    const auto& p = *reinterpret_cast<const WideProduct*>(values[l]);
+    a[l / 4][l % 4] = p.a;
+    b[l / 4][l % 4] = p.b;
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    double* const sum = reinterpret_cast<const WideProduct*>(values[l])->sum;
+    for (int k = 0; k < 2; ++k)
+      for (int i = 0; i < 4; ++i) sum[k] += a[l / 4][i] * b[l % 4 * 2 + k][i];
+  }
+}
+
 }  // namespace
 
 const Thread& current() { return block->lane().thread; }
@@ -414,6 +457,18 @@ void multiply_matrices(Half type, float* sum, const uint32_t* a, const uint32_t*
   const MatrixProduct product{type, sum, a, b};
   block->warp_exchange(Collective::matrix_product, kAllLanes, reinterpret_cast<uintptr_t>(&product), 0,
                        multiply_for_all);
+}
+
+void multiply_tf32(float* sum, const uint32_t* a, const uint32_t* b) {
+  const Tf32Product product{sum, a, b};
+  block->warp_exchange(Collective::matrix_product, kAllLanes, reinterpret_cast<uintptr_t>(&product), 0,
+                       multiply_tf32_for_all);
+}
+
+void multiply_f64(double* sum, double a, double b) {
+  const WideProduct product{sum, a, b};
+  block->warp_exchange(Collective::matrix_product, kAllLanes, reinterpret_cast<uintptr_t>(&product), 0,
+                       multiply_f64_for_all);
 }
 
 void copy_async(void* to, const void* from, int source_bytes) {

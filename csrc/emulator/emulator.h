@@ -58,6 +58,9 @@ void load_matrices(const void* row, int count, bool transposed, uint32_t* out);
 enum class Half : int { bf16, f16 };
 // mma.m16n8k16: sum += a b, in fp32.
 void multiply_matrices(Half type, float* sum, const uint32_t* a, const uint32_t* b);
+// mma.m16n8k8 of tf32, whose low 13 bits are not looked at, and mma.m8n8k4 of fp64.
+void multiply_tf32(float* sum, const uint32_t* a, const uint32_t* b);
+void multiply_f64(double* sum, double a, double b);
 
 // cp.async: 16 bytes to shared memory, of which the first `source_bytes` are read and the rest are zero.
 void copy_async(void* to, const void* from, int source_bytes);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/gpu.h"
+#include "common/gpu_block.h"
 #include "newton_schulz/gpu_matrix.h"
 
 namespace stepladder::newton_schulz {
@@ -84,23 +85,6 @@ SL_DEVICE void store_pair(bf16* to, float low, float high) {
 
 // Up to whole parts of 16.
 SL_DEVICE int whole_parts(int64_t size) { return static_cast<int>((size + 15) / 16 * 16); }
-
-struct WarpSums {
-  double of[32];
-};
-
-// A double of each thread, added in one order: within a warp in halves, then warp after warp. All threads of a block
-// call it together with the same `scratch`, a double for each warp, and get the sum.
-SL_DEVICE double block_sum(double value, double* scratch) {
-  SL_UNROLL
-  for (int half = 16; half > 0; half /= 2) value += __shfl_xor_sync(0xffffffffu, value, half);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  double sum = 0.0;
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += scratch[warp];
-  return sum;
-}
 
 template <class T>
 SL_DEVICE float read(const Elements& elements, int64_t offset) {

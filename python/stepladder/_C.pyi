@@ -108,6 +108,34 @@ class NewtonSchulzGpu:
     def __init__(self, device: int, shared_limit: int = ..., clusters: bool = ...) -> None: ...
     def run(self, matrices: list[_Matrix], allocate: Callable[[int], int], stream: int) -> None: ...
 
+# Condition, a, b, c of each polynomial; Newton's steps.
+_Attempt = tuple[list[tuple[float, float, float, float]], int]
+# Address, matrices, side, strides from matrix to matrix, row to row, column to column; addresses of the results, the
+# iterations and the statuses.
+_RootStack = tuple[int, int, int, int, int, int, int, int, int]
+
+class RootOptions:
+    def __init__(
+        self,
+        *,
+        p: int,
+        eps: float,
+        relative_eps: float,
+        near: float,
+        growth: float,
+        fast_size: float,
+        squarings: int,
+        multiplications: int,
+        fast: _Attempt,
+        wide: _Attempt,
+    ) -> None: ...
+
+class GpuRoots:
+    def __init__(self, device: int, shared_limit: int = ..., buffer_limit: int = ...) -> None: ...
+    def run(
+        self, stacks: list[_RootStack], options: RootOptions, allocate: Callable[[int], int], stream: int
+    ) -> None: ...
+
 def matrix_units() -> list[str]: ...
 
 _Strided = tuple[int, int, int]

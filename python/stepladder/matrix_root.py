@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from stepladder import backends
+from stepladder import backends, cuda_roots
 from stepladder.newton_schulz import check_floating
 from stepladder.parallel import over_threads
 from stepladder.reference.matrix_root import (
@@ -226,7 +226,7 @@ def _each(one: Callable[[Tensor], tuple[Tensor, RootInfo]], stacks: Stacks) -> R
 
 
 def _by_cuda(stacks: Stacks, p: float, eps: float, relative_eps: float) -> Results:
-    raise RuntimeError("backend='cuda' has no kernels for inverse roots yet; backend='reference' computes them")
+    return cuda_roots.roots(stacks, int(p), eps, relative_eps)
 
 
 def _by_triton(stacks: Stacks, p: float, eps: float, relative_eps: float) -> Results:

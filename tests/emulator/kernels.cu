@@ -2,6 +2,7 @@
 // or what was wrong with it.
 #include "common/gpu.h"
 
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -193,6 +194,33 @@ matrix_products(SL_ARGUMENTS(Arguments) a) {
   const bool second =
       multiplies(narrow, [](float* s, const uint32_t* l, const uint32_t* r) { gpu::multiply_f16(s, l, r); });
   atomicAdd(a.out, first && second ? 1 : 0);
+}
+
+// Small integers are tf32 as they are. Of 2^16 and more it keeps multiples of 64: 99968, then 100032, with 100000
+// halfway.
+SL_KERNEL(kThreads)
+other_products(SL_ARGUMENTS(Arguments) a) {
+  const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  uint32_t left[4], right[2];
+  for (unsigned k = 0; k < 4; ++k) left[k] = gpu::round_to_tf32(a_of(g + k % 2 * 8, t + k / 2 * 4));
+  for (unsigned k = 0; k < 2; ++k) right[k] = gpu::round_to_tf32(b_of(t + k * 4, g));
+  float sum[4] = {1.0f, 2.0f, 3.0f, 4.0f};
+  gpu::multiply_tf32(sum, left, right);
+  double wide[2] = {1e-9, 2e-9};
+  gpu::multiply_f64(wide, a_of(g, t), b_of(t, g));
+  bool correct = true;
+  for (unsigned k = 0; k < 4; ++k) {
+    const unsigned row = g + k / 2 * 8, column = 2 * t + k % 2;
+    float expected = static_cast<float>(k + 1);
+    for (unsigned i = 0; i < 8; ++i) expected += a_of(row, i) * b_of(i, column);
+    double exact = k == 0 ? 1e-9 : 2e-9;
+    for (unsigned i = 0; i < 4; ++i) exact += static_cast<double>(a_of(row, i) * b_of(i, column));
+    correct = correct && sum[k] == expected && (k > 1 || wide[k] == exact);
+  }
+  const auto rounded = [](float value) { return bit_cast<float>(gpu::round_to_tf32(value)); };
+  correct = correct && rounded(99999.0f) == 99968.0f && rounded(100000.0f) == 100032.0f &&
+            rounded(-100000.0f) == -100032.0f && rounded(INFINITY) == INFINITY && rounded(NAN) != rounded(NAN);
+  atomicAdd(a.out, correct ? 1 : 0);
 }
 
 struct alignas(16) Line {
@@ -435,6 +463,7 @@ const gpu::Kernel kKernels[] = {
     gpu::kernel("collectives", kThreads, collectives),
     gpu::kernel("matrix_loads", kThreads, matrix_loads),
     gpu::kernel("matrix_products", kThreads, matrix_products),
+    gpu::kernel("other_products", kThreads, other_products),
     with_lines(gpu::kernel("copies", kThreads, copies)),
     with_lines(gpu::kernel("missing_wait", kThreads, missing_wait)),
     with_lines(gpu::kernel("missing_barrier_after_wait", kThreads, missing_barrier_after_wait)),

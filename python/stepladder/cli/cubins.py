@@ -46,6 +46,24 @@ CLUSTER_KERNELS = {
     for kind, width in (("resident", 64), ("streamed", 32))
 }
 MATRIX_KERNELS = GROUPED_KERNELS | ON_CHIP_KERNELS | CLUSTER_KERNELS
+# Likewise those of inverse roots.
+GROUPED_ROOT_KERNELS = {
+    "begin_roots": 0,
+    "find_top": 0,
+    "load_roots_f32": 0,
+    "load_roots_f64": 0,
+    "root_products_f32": 81920,
+    "root_products_f64": 81920,
+    "write_roots_f32": 0,
+    "write_roots_f64": 0,
+}
+ON_CHIP_ROOT_KERNELS = {
+    f"roots_{side}_f{8 * size}": 3 * side * (side + 4) * size + 256
+    for side, size in ((32, 4), (64, 4), (128, 4), (32, 8), (64, 8))
+}
+ROOT_KERNELS = GROUPED_ROOT_KERNELS | ON_CHIP_ROOT_KERNELS
+# What a launch adds to the shared memory of a block, by the kernel's name.
+ADDED_SHARED = MATRIX_KERNELS | ROOT_KERNELS
 FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 # Compiles and disassemblies under way at once.
 WORKERS = 2
@@ -76,7 +94,7 @@ class Cubin:
 
     def added_shared(self, name: str) -> int:
         """Of a kernel by its readable name."""
-        return self.dynamic_shared + MATRIX_KERNELS.get(name, 0)
+        return self.dynamic_shared + ADDED_SHARED.get(name, 0)
 
 
 def in_parallel(function: Callable[[A], B], items: Iterable[A]) -> list[B]:
@@ -248,9 +266,15 @@ def cuda_cubins(arch: str, directory: Path, wanted: str = "") -> tuple[list[Cubi
     ]
     if any(wanted in name for name in NORM_KERNELS):
         jobs.append(("norms", norms, [f"-I{sources}"]))
-    for part, names in (("grouped", GROUPED_KERNELS), ("on_chip", ON_CHIP_KERNELS), ("cluster", CLUSTER_KERNELS)):
+    for part, names in (
+        ("newton_schulz/gpu_grouped", GROUPED_KERNELS),
+        ("newton_schulz/gpu_on_chip", ON_CHIP_KERNELS),
+        ("newton_schulz/gpu_cluster", CLUSTER_KERNELS),
+        ("matrix_root/gpu_grouped", GROUPED_ROOT_KERNELS),
+        ("matrix_root/gpu_on_chip", ON_CHIP_ROOT_KERNELS),
+    ):
         if any(wanted in name for name in names):
-            jobs.append((part, sources / f"newton_schulz/gpu_{part}.cu", [f"-I{sources}"]))
+            jobs.append((part.replace("/", "_"), sources / f"{part}.cu", [f"-I{sources}"]))
     files = in_parallel(lambda job: compile_source(job[1], directory / f"{job[0]}.cubin", arch, *job[2]), jobs)
     version = re.search(r"release ([\d.]+)", run(nvcc, "--version"))
     return [Cubin(file, name) for file in files], f"compiled by nvcc {version[1] if version else ''}".rstrip()

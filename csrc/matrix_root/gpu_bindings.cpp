@@ -1,0 +1,94 @@
+#include "matrix_root/gpu_bindings.h"
+
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "common/error.h"
+#include "matrix_root/gpu_iteration.h"
+
+namespace py = pybind11;
+
+namespace stepladder {
+
+using namespace matrix_root;
+
+namespace {
+
+// Address, matrices, side, strides from matrix to matrix, row to row, column to column; addresses of the results, the
+// iterations and the statuses.
+using PyStack = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;
+// Conditions and coefficients of the polynomials, and Newton's steps.
+using PyAttempt = std::tuple<std::vector<std::tuple<double, double, double, double>>, int>;
+
+Attempt attempt_of(const PyAttempt& given) {
+  const auto& [starts, newton_steps] = given;
+  SL_CHECK(starts.size() <= kMaxStarts, "there are ", starts.size(), " polynomials to begin with, expected 1 to ",
+           kMaxStarts);
+  Attempt attempt = {};
+  for (const auto& [condition, a, b, c] : starts) attempt.starts[attempt.num_starts++] = {condition, a, b, c};
+  attempt.newton_steps = newton_steps;
+  return attempt;
+}
+
+std::vector<Stack> stacks_of(const std::vector<PyStack>& given) {
+  std::vector<Stack> stacks;
+  for (const auto& [in, count, n, stride, row_stride, column_stride, out, iterations, status] : given)
+    stacks.push_back({reinterpret_cast<const float*>(in), count, n, stride, row_stride, column_stride,
+                      reinterpret_cast<float*>(out), reinterpret_cast<int32_t*>(iterations),
+                      reinterpret_cast<int8_t*>(status)});
+  return stacks;
+}
+
+// Dynamic shared memory of a block, by the kernel's name.
+py::dict root_kernels() {
+  py::dict all;
+  const GroupedKernels& k = grouped_kernels();
+  for (const gpu::Kernel* kernel :
+       {&k.begin, &k.find_top, &k.load_fast, &k.load_wide, &k.fast, &k.wide, &k.write_fast, &k.write_wide})
+    all[kernel->name] = kernel->shared_bytes;
+  for (const bool wide : {false, true}) {
+    for (int side = 0; side < (wide ? kNumWideSides : kNumSides); ++side) {
+      const gpu::Kernel& kernel = on_chip_kernel(side, wide);
+      all[kernel.name] = kernel.shared_bytes;
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+void bind_matrix_root_gpu(py::module_& m) {
+  py::class_<Options>(m, "RootOptions", py::module_local())
+      .def(py::init([](int p, double eps, double relative_eps, double near, double growth, double fast_size,
+                       int squarings, int multiplications, const PyAttempt& fast, const PyAttempt& wide) {
+             return Options{p,
+                            eps,
+                            relative_eps,
+                            near,
+                            growth,
+                            fast_size,
+                            squarings,
+                            multiplications,
+                            attempt_of(fast),
+                            attempt_of(wide)};
+           }),
+           py::kw_only(), py::arg("p"), py::arg("eps"), py::arg("relative_eps"), py::arg("near"), py::arg("growth"),
+           py::arg("fast_size"), py::arg("squarings"), py::arg("multiplications"), py::arg("fast"), py::arg("wide"));
+  py::class_<GpuRoots>(m, "GpuRoots", py::module_local())
+      .def(py::init<int, int64_t, int64_t>(), py::arg("device"), py::arg("shared_limit") = INT64_MAX,
+           py::arg("buffer_limit") = int64_t{4} << 30)
+      .def(
+          "run",
+          [](GpuRoots& roots, const std::vector<PyStack>& stacks, const Options& options,
+             const std::function<uintptr_t(int64_t)>& allocate, uintptr_t stream) {
+            roots.run(
+                stacks_of(stacks), options, [&](int64_t bytes) { return reinterpret_cast<char*>(allocate(bytes)); },
+                reinterpret_cast<gpu::Stream>(stream));
+          },
+          py::arg("stacks"), py::arg("options"), py::arg("allocate"), py::arg("stream"));
+  m.def("root_kernels", &root_kernels, "Dynamic shared memory of the inverse roots' blocks, by kernel.");
+}
+
+}  // namespace stepladder
