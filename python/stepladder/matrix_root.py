@@ -230,7 +230,10 @@ def _by_cuda(stacks: Stacks, p: float, eps: float, relative_eps: float) -> Resul
 
 
 def _by_triton(stacks: Stacks, p: float, eps: float, relative_eps: float) -> Results:
-    raise RuntimeError("backend='triton' has no kernels for inverse roots yet; backend='reference' computes them")
+    from stepladder.triton_kernels.matrix_root import inverse_roots
+
+    results: Results = inverse_roots(stacks, int(p), eps, relative_eps)
+    return results
 
 
 _RUN: dict[str, Callable[[Stacks, float, float, float], Results]] = {
