@@ -229,9 +229,7 @@ class Shampoo(Preconditioned):
                 work.step_by_reference()
         works = [work for work in works if work.job.backend != "reference"]
         by_job = {id(work.job): work for work in works}
-        for work in works:
-            work.update_factors(backend)
-        each(lambda job: by_job[id(job)].average(), [work.job for work in works])
+        each(lambda job: by_job[id(job)].prepare(backend), [work.job for work in works])
         refresh_roots(works, backend)
         each(lambda job: by_job[id(job)].apply(), [work.job for work in works])
 
@@ -269,6 +267,11 @@ class Work:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.job.layout.shape
+
+    def prepare(self, backend: str | None) -> None:
+        """Whatever comes before the roots."""
+        self.update_factors(backend)
+        self.average()
 
     def update_factors(self, backend: str | None) -> None:
         """L ← β₂L + (1 - β₂)GGᵀ for each block and dimension."""
