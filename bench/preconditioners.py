@@ -184,7 +184,7 @@ def table(rows: Sequence[Row]) -> Table:
             shown.add_row(row.name, row.family, f"[bold red]red: {row.error:.2g}")
         for contender, ms in row.ms.items():
             ratio = row.ratios.get(contender)
-            ratios = [f"{value:.2f}" for value in (ratio.median, ratio.p20, ratio.p80)] if ratio else [""] * 3
+            ratios = [f"{value:.3g}" for value in (ratio.median, ratio.p20, ratio.p80)] if ratio else [""] * 3
             longest, size = f"{row.longest[contender].median:.4g}", ""
             if contender in row.state_bytes:
                 size = f"{row.state_bytes[contender] / 2**20:.0f}"

@@ -256,11 +256,11 @@ def along(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
 
 
 def each(function: Callable[[Job], None], jobs: Sequence[Job]) -> None:
-    """Step jobs, those on a CPU over its threads."""
-    on_cpu = [job for job in jobs if job.param.device.type == "cpu"]
+    """Step jobs, those of the CPU's backend over its threads."""
+    on_cpu = [job for job in jobs if job.backend == "cpu"]
     over_threads(function, on_cpu, [job.cost for job in on_cpu])
     for job in jobs:
-        if job.param.device.type != "cpu":
+        if job.backend != "cpu":
             function(job)
 
 
