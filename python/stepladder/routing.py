@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stepladder.architecture import Architecture, Member, is_convolution, is_transposed, parts_by_structure
-from stepladder.optim import Muon, MuonH
+from stepladder.optim import SOAP, Muon, MuonH, Shampoo
 from stepladder.optim.base import SHARED_OPTIONS
 from stepladder.optim.mixed import ALGORITHMS as ELEMENTWISE
 from stepladder.optim.mixed import Mixed, defaults_of
@@ -26,8 +26,8 @@ from stepladder.optim.mixed import Mixed, defaults_of
 Group = dict[str, Any]
 # An algorithm, or options of a group, the algorithm among them or not.
 Choice = str | Mapping[str, Any]
-# Those that take matrices only.
-OF_MATRICES: dict[str, type[Mixed]] = {Muon.algorithm: Muon, MuonH.algorithm: MuonH}
+# Those that are given matrices only, though Shampoo and SOAP could take any parameter.
+OF_MATRICES: dict[str, type[Mixed]] = {cls.algorithm: cls for cls in (Muon, MuonH, Shampoo, SOAP)}
 ALGORITHMS = (*OF_MATRICES, *ELEMENTWISE)
 ATTRIBUTE = "stepladder_algorithm"
 # Group keys that are decided here.
@@ -151,7 +151,7 @@ def param_groups(
     Args:
         model: Its parameters have their shapes already; wrappers for data parallelism and compilation are looked
             through, and their parts of the names dropped.
-        algorithm: For hidden matrices: "muon", "muonh" (for `sl.MuonH`), or an elementwise one.
+        algorithm: For hidden matrices: "muon", "muonh" (for `sl.MuonH`), "shampoo", "soap", or an elementwise one.
         fallback: "adamw", "lion", "sgd", or "momentum", which is SGD with a momentum of 0.9.
         embeddings: An algorithm, or a dict of options for their group ("algorithm" among them or not); None means
             `fallback`.
@@ -274,7 +274,7 @@ class _Router:
         for argument, globs in (("rules", self.rules), ("split", self.split)):
             for glob in globs:
                 if f"{argument}[{glob!r}]" not in self.used:
-                    what = "parameter" if argument == "rules" else "parameter with an algorithm of matrices"
+                    what = "parameter" if argument == "rules" else "parameter with an algorithm that splits matrices"
                     names = ", ".join(repr(member.places[0].name) for member in self.architecture.members[:3])
                     raise ValueError(f"{argument}[{glob!r}] decides for no {what}; the model has {names} …")
 
@@ -293,7 +293,7 @@ class _Router:
             choice = choice or given
         keys: dict[str, Any] = {}
         if algorithm in OF_MATRICES:
-            keys = self._keys(member)
+            keys = self._keys(member, OF_MATRICES[algorithm].hyper_keys())
             reason += _in_words(keys)
         return _Decision(algorithm, reason, choice, keys, kind == "vector" or member.is_vector)
 
@@ -312,10 +312,12 @@ class _Router:
                 return choice
         return None
 
-    def _keys(self, member: Member) -> dict[str, Any]:
-        """What an algorithm of matrices has to know of a parameter's layout."""
+    def _keys(self, member: Member, taken: set[str]) -> dict[str, Any]:
+        """What an algorithm of matrices has to know of a parameter's layout: nothing, if it takes no such keys."""
         shape = member.param.shape
         keys: dict[str, Any] = {}
+        if "split_sizes" not in taken:
+            return keys
         if len(shape) == 3 and is_convolution(member):
             keys["flatten"] = True
         rows, name = shape[0] if len(shape) != 3 or keys else shape[1], member.places[0].name
@@ -361,7 +363,8 @@ def _attribute(owner: Any, name: str) -> _Choice | None:
 def _passes_by(choice: _Choice, member: Member) -> bool:
     """Whether a choice is about matrices, by its algorithm or by its options, and the parameter is none."""
     elementwise = {key for name in ELEMENTWISE for key in defaults_of(name)} | {"maximize", *SHARED_OPTIONS}
-    of_matrices = set(choice.options) & Muon.hyper_keys() - elementwise
+    known = set[str]().union(*(family.hyper_keys() for family in OF_MATRICES.values()))
+    of_matrices = set(choice.options) & known - elementwise
     return member.is_vector and (choice.algorithm in OF_MATRICES or (choice.algorithm is None and bool(of_matrices)))
 
 

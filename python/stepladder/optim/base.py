@@ -162,6 +162,20 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
         """Norm of all gradients before clipping, as of the last step with `max_norm`; None before it."""
         return self._engine.grad_norm
 
+    def state_bytes(self) -> int:
+        """The memory that the states of all parameters take, in bytes; none before the first step.
+
+        Memory that several tensors share is counted once. Step counts are scalars of 4 bytes.
+        """
+        storages = {
+            storage.data_ptr(): storage.nbytes()
+            for state in self.__dict__["state"].values()
+            for value in (state.values() if isinstance(state, dict) else ())
+            if isinstance(value, Tensor)
+            for storage in (value.untyped_storage(),)
+        }
+        return sum(storages.values())
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, in mid-run too.
 
