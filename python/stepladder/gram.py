@@ -33,7 +33,7 @@ def update_gram_(
     Args:
         L: Symmetric matrices [..., m, m] of fp32 or fp64, or a list of such tensors, updated together.
         G: Matrices [..., m, n] of any floating-point dtype and strides, one for each of L.
-        beta: β, in [0, 1].
+        beta: β, in [0, 1]. At 0 it is not looked at what L holds.
         weight: Of the product; None means 1 - β.
         backend: "cpu", "cuda", "triton", "reference", or None to choose by the device.
 
@@ -42,9 +42,11 @@ def update_gram_(
         ValueError: Shapes do not fit, or a number is out of range.
         RuntimeError: The backend asked for cannot run here.
     """
-    if not isinstance(beta, numbers.Real) or not 0.0 <= beta <= 1.0:
+    if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta={beta!r} is out of range, expected a number in [0, 1]")
-    if weight is not None and (not isinstance(weight, numbers.Real) or not math.isfinite(weight)):
+    if weight is not None and (
+        isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight)
+    ):
         raise ValueError(f"weight={weight!r} is out of range, expected a finite number")
     backends.check_available(backend)
     squares = [L] if isinstance(L, Tensor) else list(L)
@@ -92,13 +94,16 @@ def update_by_tiles(square: Tensor, g: Tensor, beta: float, weight: float) -> No
     if products.serves(square, n):
         products.multiply(g, g.mT, square, weight, beta, symmetric=True)
         return
-    add = torch.addmm if square.ndim == 2 else torch.baddbmm
     if square.ndim > 3:
-        square, g = square.flatten(0, -3), g.flatten(0, -3)
+        # One by one, as the dimensions of a batch need not make one.
+        for own_square, own in zip(square, g, strict=True):
+            update_by_tiles(own_square, own, beta, weight)
+        return
+    add = torch.addmm if square.ndim == 2 else torch.baddbmm
     if m <= TILE + TILE // 2:
         gram = g @ g.mT
         gram = (gram + gram.mT).mul_(weight / 2)
-        square.mul_(beta).add_(gram)
+        (square.mul_(beta) if beta != 0.0 else square.zero_()).add_(gram)
         return
     for top in range(0, m, TILE):
         rows = slice(top, min(top + TILE, m))

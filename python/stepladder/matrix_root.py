@@ -24,9 +24,10 @@ from stepladder.reference.matrix_root import (
     residuals,
 )
 
-# How far from symmetric a matrix may be, in units of its dtype's epsilon times its largest element: sums of thousands
-# of products, each way in another order.
+# How far from symmetric a matrix may be, in units of epsilon times its largest element: of the arithmetic's, for sums
+# of thousands of products, each way in another order; and of its own dtype's, for what they were rounded to.
 ASYMMETRY = 256.0
+ROUNDED = 2.0
 
 
 @overload
@@ -94,7 +95,7 @@ def inverse_root(
     given = [A] if isinstance(A, Tensor) else list(A)
     for index, a in enumerate(given):
         check_symmetric(a, "A" if isinstance(A, Tensor) else f"A[{index}]", method, backend)
-    stacks = [widened(a).reshape(-1, *a.shape[-2:]) for a in given]
+    stacks = [widened(a).reshape(a.shape[:-2].numel(), *a.shape[-2:]) for a in given]
     pairs = roots(stacks, p, float(eps), float(relative_eps), method, backend)
     results, infos = [], []
     for a, stack, (x, info) in zip(given, stacks, pairs, strict=True):
@@ -112,7 +113,7 @@ def check(p: int, eps: float, relative_eps: float, method: str) -> None:
         TypeError: A damping is no number.
         ValueError: Any other.
     """
-    if isinstance(p, bool) or p not in EXPONENTS:
+    if isinstance(p, bool) or not isinstance(p, numbers.Integral) or p not in EXPONENTS:
         raise ValueError(f"p={p!r} is not supported, expected one of {', '.join(map(repr, EXPONENTS))}")
     for name, value in (("eps", eps), ("relative_eps", relative_eps)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -135,9 +136,11 @@ def check_symmetric(a: Tensor, where: str, method: str, backend: str | None) -> 
             raise TypeError(f"{where} has dtype {a.dtype}, which backend={backend!r} does not take")
     if a.numel() == 0:
         return
-    largest = a.abs().amax((-2, -1), keepdim=True)
-    limit = ASYMMETRY * torch.finfo(a.dtype).eps * largest
-    apart = torch.where(largest.isfinite(), (a - a.mT).abs(), 0.0)
+    largest = widened(a).abs().amax((-2, -1), keepdim=True)
+    epsilons = ASYMMETRY * torch.finfo(largest.dtype).eps + ROUNDED * torch.finfo(a.dtype).eps
+    finite = largest.isfinite()
+    limit = epsilons * torch.where(finite, largest, 0.0)
+    apart = torch.where(finite, (widened(a) - widened(a).mT).abs(), 0.0)
     if bool((apart > limit).any()):
         n = a.shape[-1]
         worst = int((apart - limit).argmax())

@@ -53,7 +53,9 @@ def bases(stacks: list[Tensor], method: str, backend: str | None) -> list[tuple[
     if name != "cpu":
         return [reference.orthonormalize(x, method) for x in stacks]
     chosen = "householder" if method == "auto" else method
-    members = [(index, one) for index, x in enumerate(stacks) for one in x.reshape(-1, 1, *x.shape[-2:])]
+    members = [
+        (index, one) for index, x in enumerate(stacks) for one in x.reshape(x.shape[:-2].numel(), 1, *x.shape[-2:])
+    ]
     found: list[list[tuple[Tensor, BasisInfo]]] = [[] for _ in stacks]
     costs = [one.shape[-2] * one.shape[-1] ** 2 for _, one in members]
     results = over_threads(lambda one: reference.orthonormalize(one, chosen), [one for _, one in members], costs)

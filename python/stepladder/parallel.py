@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -15,9 +15,17 @@ Result = TypeVar("Result")
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
-# A child process has none of its parent's threads.
+
+
+def _forget() -> None:
+    """A child process has none of its parent's threads, and nobody to give a lock back."""
+    global _lock
+    _pools.clear()
+    _lock = threading.Lock()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)
+    os.register_at_fork(after_in_child=_forget)
 
 
 def over_threads(function: Callable[[Item], Result], items: Sequence[Item], costs: Sequence[float]) -> list[Result]:
@@ -30,6 +38,9 @@ def over_threads(function: Callable[[Item], Result], items: Sequence[Item], cost
         function: Calls torch, which lets go of Python's lock.
         items: What to call it with.
         costs: Of each item, in any unit: dear ones are begun first.
+
+    Raises:
+        Exception: Of the first item whose call raised one, when all calls have ended.
     """
     threads = torch.get_num_threads()
     if threads == 1 or len(items) <= 1:
@@ -37,6 +48,7 @@ def over_threads(function: Callable[[Item], Result], items: Sequence[Item], cost
     order = sorted(range(len(items)), key=lambda i: -costs[i])
     pool = _pool(threads)
     waiting = {i: pool.submit(_quietly, function, items[i]) for i in order}
+    wait(waiting.values())
     return [waiting[i].result() for i in range(len(items))]
 
 
@@ -45,21 +57,22 @@ def _quietly(function: Callable[[Item], Result], item: Item) -> Result:
         return function(item)
 
 
-def _take_one_thread() -> None:
-    # Asking first: a thread's first look at the number sets it to the process's.
-    torch.get_num_threads()
-    torch.set_num_threads(1)
-
-
 def _pool(threads: int) -> ThreadPoolExecutor:
     with _lock:
         if threads not in _pools:
-            pool = ThreadPoolExecutor(threads, "stepladder", initializer=_take_one_thread)
-            # All workers are begun here, as what they set is also what torch gives to any thread that begins later.
-            everyone = threading.Barrier(threads + 1)
+            pool = ThreadPoolExecutor(threads, "stepladder")
+            all_begun = threading.Barrier(threads + 1)
             for _ in range(threads):
-                pool.submit(everyone.wait)
-            everyone.wait()
+                pool.submit(_begin, all_begun)
+            all_begun.wait()
+            # What a thread sets for itself is also what torch gives to threads that are yet to come.
             torch.set_num_threads(threads)
             _pools[threads] = pool
         return _pools[threads]
+
+
+def _begin(all_begun: threading.Barrier) -> None:
+    # A thread that torch has not seen yet would take the number for all at its first operation.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+    all_begun.wait()

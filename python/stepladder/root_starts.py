@@ -40,17 +40,22 @@ def starts(p: int, condition: float) -> tuple[Start, ...]:
 
 
 def minimax(low: float, p: int) -> tuple[tuple[float, float, float], float]:
-    """a, b, c with the least max|x(a + bx^p + cx^(2p)) - 1| on [low, 1], and that maximum, by Remez's exchange."""
-    grid = torch.logspace(math.log2(low), 0.0, 20001, base=2.0, dtype=torch.float64)
+    """a, b, c with the least max|x(a + bx^p + cx^(2p)) - 1| on [low, 1], and that maximum, by Remez's exchange.
+
+    For p = 1 the least value is near 9/condition, so that extrema on a grid would not do: a negative one turns an
+    eigenvalue's sign.
+    """
     points = torch.tensor([low, low + (1 - low) / 4, low + (1 - low) * 3 / 4, 1.0], dtype=torch.float64)
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     while True:
         system = torch.stack([points, points ** (p + 1), points ** (2 * p + 1), signs], 1)
-        a, b, c, _ = torch.linalg.solve(system, torch.ones_like(signs)).tolist()
-        error = a * grid + b * grid ** (p + 1) + c * grid ** (2 * p + 1) - 1.0
-        slope = error.diff()
-        extrema = (slope[1:] * slope[:-1] < 0).nonzero().flatten() + 1
-        exchanged = torch.stack([points[0], grid[extrema[0]], grid[extrema[-1]], points[3]])
-        if torch.equal(exchanged, points):
-            return (a, b, c), float(error.abs().max())
+        a, b, c, level = torch.linalg.solve(system, torch.ones_like(signs)).tolist()
+        # The slope a + (p + 1)bx^p + (2p + 1)cx^(2p) has two zeros between the points, where the sign alternates.
+        middle, product = -(p + 1) * b / (2 * (2 * p + 1) * c), a / ((2 * p + 1) * c)
+        apart = math.sqrt(middle**2 - product)
+        inner = [(middle - apart) ** (1 / p), (middle + apart) ** (1 / p)]
+        exchanged = torch.tensor([low, *inner, 1.0], dtype=torch.float64)
+        # There the polynomial is flat: what the points are off by, it is off by the square of.
+        if float((exchanged - points).abs().max()) <= 1e-10:
+            return (a, b, c), abs(level)
         points = exchanged

@@ -22,12 +22,11 @@ from stepladder.optim import SOAP, Muon, MuonH, Shampoo
 from stepladder.optim.base import SHARED_OPTIONS
 from stepladder.optim.mixed import ALGORITHMS as ELEMENTWISE
 from stepladder.optim.mixed import Mixed, defaults_of
-from stepladder.optim.orthogonalized import Orthogonalized
 
 Group = dict[str, Any]
 # An algorithm, or options of a group, the algorithm among them or not.
 Choice = str | Mapping[str, Any]
-# Those that hidden matrices are for; other parameters are the fallback's.
+# Those that are given matrices only, though Shampoo and SOAP could take any parameter.
 OF_MATRICES: dict[str, type[Mixed]] = {cls.algorithm: cls for cls in (Muon, MuonH, Shampoo, SOAP)}
 ALGORITHMS = (*OF_MATRICES, *ELEMENTWISE)
 ATTRIBUTE = "stepladder_algorithm"
@@ -275,7 +274,7 @@ class _Router:
         for argument, globs in (("rules", self.rules), ("split", self.split)):
             for glob in globs:
                 if f"{argument}[{glob!r}]" not in self.used:
-                    what = "parameter" if argument == "rules" else "parameter with an algorithm of matrices"
+                    what = "parameter" if argument == "rules" else "parameter with an algorithm that splits matrices"
                     names = ", ".join(repr(member.places[0].name) for member in self.architecture.members[:3])
                     raise ValueError(f"{argument}[{glob!r}] decides for no {what}; the model has {names} …")
 
@@ -293,8 +292,8 @@ class _Router:
                 algorithm = self.fallback
             choice = choice or given
         keys: dict[str, Any] = {}
-        if issubclass(OF_MATRICES.get(algorithm, Mixed), Orthogonalized):
-            keys = self._keys(member)
+        if algorithm in OF_MATRICES:
+            keys = self._keys(member, OF_MATRICES[algorithm].hyper_keys())
             reason += _in_words(keys)
         return _Decision(algorithm, reason, choice, keys, kind == "vector" or member.is_vector)
 
@@ -313,10 +312,12 @@ class _Router:
                 return choice
         return None
 
-    def _keys(self, member: Member) -> dict[str, Any]:
-        """What an algorithm of matrices has to know of a parameter's layout."""
+    def _keys(self, member: Member, taken: set[str]) -> dict[str, Any]:
+        """What an algorithm of matrices has to know of a parameter's layout: nothing, if it takes no such keys."""
         shape = member.param.shape
         keys: dict[str, Any] = {}
+        if "split_sizes" not in taken:
+            return keys
         if len(shape) == 3 and is_convolution(member):
             keys["flatten"] = True
         rows, name = shape[0] if len(shape) != 3 or keys else shape[1], member.places[0].name
@@ -362,7 +363,8 @@ def _attribute(owner: Any, name: str) -> _Choice | None:
 def _passes_by(choice: _Choice, member: Member) -> bool:
     """Whether a choice is about matrices, by its algorithm or by its options, and the parameter is none."""
     elementwise = {key for name in ELEMENTWISE for key in defaults_of(name)} | {"maximize", *SHARED_OPTIONS}
-    of_matrices = set(choice.options) & Muon.hyper_keys() - elementwise
+    known = set[str]().union(*(family.hyper_keys() for family in OF_MATRICES.values()))
+    of_matrices = set(choice.options) & known - elementwise
     return member.is_vector and (choice.algorithm in OF_MATRICES or (choice.algorithm is None and bool(of_matrices)))
 
 

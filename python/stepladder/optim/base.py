@@ -162,6 +162,20 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
         """Norm of all gradients before clipping, as of the last step with `max_norm`; None before it."""
         return self._engine.grad_norm
 
+    def state_bytes(self) -> int:
+        """The memory that the states of all parameters take, in bytes; none before the first step.
+
+        Memory that several tensors share is counted once. Step counts are scalars of 4 bytes.
+        """
+        storages = {
+            (value.device, storage.data_ptr()): storage.nbytes()
+            for state in self.__dict__["state"].values()
+            for value in (state.values() if isinstance(state, dict) else ())
+            if isinstance(value, Tensor)
+            for storage in (value.untyped_storage(),)
+        }
+        return sum(storages.values())
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, in mid-run too.
 
@@ -175,16 +189,6 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
             if merged.get("stochastic_rounding") and "seed" not in merged:
                 param_group["seed"] = torch.initial_seed() % 2**64
         super().add_param_group(param_group)
-
-    def state_bytes(self) -> int:
-        """What all states take, in bytes; memory that several share counts once."""
-        storages = {}
-        for state in self.__dict__["state"].values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    storage = value.untyped_storage()
-                    storages[value.device, storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -39,10 +39,11 @@ class SOAP(Preconditioned):
 
     For a matrix, with L and R moving averages of GGᵀ and GᵀG, and QL and QR their eigenvectors: G' = QLᵀGQR;
     m ← β₁m + (1 − β₁)G'; v ← β₂v + (1 − β₂)G'²; w ← (1 − ηλ)(w − η·√(1 − β₂ᵗ)/(1 − β₁ᵗ)·QL(m/(√v + ε))QRᵀ). The
-    first step with a gradient other than zero makes the bases and moves nothing. Every `precondition_frequency` steps
-    one step of the power method and a QR decomposition refresh them: columns are ordered by descending diag(QᵀLQ), v
-    with them, Q ← qr(LQ). Tensors of more dimensions have a basis for each; scalars and vectors are stepped by Adam,
-    unless `precondition_1d` is set.
+    first step with a gradient other than zero makes the bases and moves nothing; one that is not finite makes none,
+    and is counted in the state's `failed_bases`, as is every refresh that leaves a basis as it is for that. Every
+    `precondition_frequency` steps one step of the power method and a QR decomposition refresh them: columns are ordered
+    by descending diag(QᵀLQ), v with them, Q ← qr(LQ). Tensors of more dimensions have a basis for each;
+    scalars and vectors are stepped by Adam, unless `precondition_1d` is set.
 
     Where the paper keeps m in the space of the weights and projects it at each step, it is kept in the eigenbases
     here, and taken along when they are refreshed: the same numbers but for rounding, with a third less products.
@@ -240,10 +241,12 @@ class Work:
         if self.time == 0 and not bool(job.grad.any()):
             # A gradient of zeros has no eigenvectors, and is what initialises states before a checkpoint is loaded.
             return
-        state["step"] += 1
         if job.backend == "reference" or self.time == 0:
-            self.by_reference()
+            failures = self.by_reference()
+            if self.time > 0 or failures == 0:
+                state["step"] += 1
             return
+        state["step"] += 1
         self.move()
         self.update_factors()
         job.layout.store(state["factors"], self.factors)
@@ -358,7 +361,8 @@ class Work:
             assert fresh is not None
             old.copy_(fresh)
 
-    def by_reference(self) -> None:
+    def by_reference(self) -> int:
+        """The step as the reference takes it; returns how many bases failed."""
         job, group, state = self.job, self.job.group, self.job.state
         dtype, shape = job.grad.dtype, job.layout.shape
         w, m, v, factors, bases, eigenvalues, failures = soap(
@@ -390,6 +394,7 @@ class Work:
                 if target is not None and value is not None and target.data_ptr() != value.data_ptr():
                     target.copy_(value)
         state["failed_bases"] += failures
+        return failures
 
 
 def project(x: Tensor, bases: list[Tensor | None], transposed: bool) -> Tensor:

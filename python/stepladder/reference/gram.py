@@ -12,4 +12,4 @@ def update_gram_(L: Tensor, G: Tensor, beta: float, weight: float | None = None)
     g = G.to(L.dtype)
     gram = g @ g.mT
     gram = torch.tril(gram) + torch.tril(gram, -1).mT
-    return L.mul_(beta).add_(gram, alpha=1.0 - beta if weight is None else weight)
+    return (L.mul_(beta) if beta != 0.0 else L.zero_()).add_(gram, alpha=1.0 - beta if weight is None else weight)

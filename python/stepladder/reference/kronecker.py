@@ -16,9 +16,9 @@ def merged_shape(shape: Sequence[int], limit: int) -> tuple[int, ...]:
     for size in shape:
         if merged and merged[-1] * size <= limit:
             merged[-1] *= size
-        elif size != 1 or not merged:
+        elif size != 1:
             merged.append(size)
-    return tuple(merged) if merged else (1,)
+    return tuple(merged) or (1,)
 
 
 def even_parts(size: int, limit: int) -> tuple[int, ...]:
@@ -49,9 +49,10 @@ def as_rows(x: Tensor, dim: int) -> Tensor:
 
 
 def gram(x: Tensor, dim: int) -> Tensor:
-    """XXᵀ of x as such a matrix."""
+    """XXᵀ of x as such a matrix, of which one half is the other's mirror image."""
     rows = as_rows(x, dim)
-    return rows @ rows.mT
+    product = rows @ rows.mT
+    return torch.tril(product) + torch.tril(product, -1).mT
 
 
 def refresh_due(time: int, start: int, frequency: int, phase: int) -> bool:
@@ -66,4 +67,4 @@ def refresh_due(time: int, start: int, frequency: int, phase: int) -> bool:
             there are steps enough, else at it.
     """
     first = start - frequency + phase if phase else start
-    return (time >= start - frequency and (time - start) % frequency == phase) or (time == start and first < 1)
+    return (time >= first and (time - start) % frequency == phase) or (time == start and first < 1)

@@ -17,8 +17,9 @@ EXPONENTS = (1, 2, 4)
 # What rounding A leaves open of its eigenvalues, in units of its dtype's epsilon times the largest of them. Below it a
 # matrix that is not damped is taken for a singular one; negative ones no further off than four times that, for zero.
 NOISE = 2.0
-# Newton's steps stop here: what they end with is applied once more, and squares the error.
+# Newton's steps stop here: what they end with is applied once more, and squares the error. Roots in fp64 go further.
 NEAR_IDENTITY = 3e-3
+NEAR_IDENTITY_WIDE = 1e-6
 GROWTH = 1.2
 # The worst condition that an attempt in fp32 allows for. Its error was found to be about 4e-9·κ√n/p at the most, where
 # half of the eigenvalues are small; so it is made where √n/p is at most FAST_SIZE, and has only so many Newton steps
@@ -83,7 +84,7 @@ def inverse_root(
     if not isinstance(A, Tensor):
         pairs = [inverse_root(a, p, eps, method, relative_eps=relative_eps) for a in A]
         return [x for x, _ in pairs], [info for _, info in pairs]
-    stack = A.reshape(-1, *A.shape[-2:])
+    stack = A.reshape(A.shape[:-2].numel(), *A.shape[-2:])
     if method == "newton":
         x, info = newton_roots(stack, p, eps, relative_eps)
     else:
@@ -114,7 +115,8 @@ def eigh_roots(A: Tensor, p: float, eps: float, relative_eps: float, noise: floa
         return A.clone(), RootInfo(iterations, residual.zero_(), status)
     largest = A.abs().amax((-2, -1))
     finite = largest.isfinite()
-    unit = power_of_two(torch.where(finite & (largest > 0), largest, 1.0))
+    largest = torch.where(finite, largest, 0.0).clamp(min=eps)
+    unit = power_of_two(torch.where(largest > 0, largest, 1.0))
     # What is not finite would stop the others.
     scaled = torch.where(finite[:, None, None], A / unit[:, None, None], 0.0)
     values, vectors = torch.linalg.eigh(scaled)  # [B, n], [B, n, n]
@@ -169,7 +171,8 @@ def newton_root(A: Tensor, p: int, eps: float, relative_eps: float) -> tuple[Ten
     if A.dtype != torch.float64 and math.sqrt(n) / p <= FAST_SIZE:
         root, steps, status = coupled_newton(D.to(A.dtype), p, delta, FAST_CONDITION, FAST_STEPS)
     if status != RootStatus.CONVERGED:
-        root, more, status = coupled_newton(D, p, delta, WIDE_CONDITION, WIDE_STEPS)
+        near = NEAR_IDENTITY_WIDE if A.dtype == torch.float64 else NEAR_IDENTITY
+        root, more, status = coupled_newton(D, p, delta, WIDE_CONDITION, WIDE_STEPS, near)
         steps += more
     if status == RootStatus.FAILED:
         return nothing, steps, status
@@ -177,7 +180,7 @@ def newton_root(A: Tensor, p: int, eps: float, relative_eps: float) -> tuple[Ten
 
 
 def coupled_newton(
-    D: Tensor, p: int, delta: float, condition: float, most_steps: int
+    D: Tensor, p: int, delta: float, condition: float, most_steps: int, near: float = NEAR_IDENTITY
 ) -> tuple[Tensor, int, RootStatus]:
     """D^(-1/p) in D's dtype, where its least eigenvalue is at least `delta`.
 
@@ -191,6 +194,7 @@ def coupled_newton(
         delta: May be 0.
         condition: The worst to allow for.
         most_steps: Newton's, after the starts.
+        near: How far M may be from I, in the Frobenius norm, for the last of them.
 
     Returns:
         The root, how many steps it took, and the status.
@@ -217,12 +221,12 @@ def coupled_newton(
         T = ((p + 1) * eye - M) / p
         X = product(X, T)
         steps += 1
-        if distance <= NEAR_IDENTITY:
+        if distance <= near:
             nearest = X
             break
         M = product(power(T, p), M)
     root = nearest * scale ** (-1.0 / p)
-    if best <= NEAR_IDENTITY:
+    if best <= near:
         return root, steps, RootStatus.CONVERGED
     return root, steps, RootStatus.STALLED if best < 1.0 else RootStatus.FAILED
 

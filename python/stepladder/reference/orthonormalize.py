@@ -33,7 +33,7 @@ def orthonormalize(X: Tensor, method: str = "auto") -> tuple[Tensor, BasisInfo]:
 
     Paper: Fukaya et al. 2020, Shifted Cholesky QR, SIAM J. Sci. Comput. 42(1).
     """
-    stack = X.reshape(-1, *X.shape[-2:])
+    stack = X.reshape(X.shape[:-2].numel(), *X.shape[-2:])
     finite = stack.isfinite().all(-1).all(-1)
     wide = torch.where(finite[:, None, None], stack, 0.0).double()
     fallback = torch.zeros_like(finite)

@@ -50,7 +50,8 @@ def soap(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None], list[Tensor | None], list[Tensor | None], int]:
     """One step of SOAP: Adam in the eigenbases of Shampoo's factors.
 
-    At t = 0: L = GGᵀ for each dimension, Q its eigenvectors, eigenvalues descending, and nothing else. Then
+    At t = 0: L = GGᵀ for each dimension, Q its eigenvectors, eigenvalues descending, and nothing else; where an L is
+    not finite, nothing at all, and the next gradient is to be the first. Then
     G' = QLᵀGQR;  m ← β₁m + (1 - β₁)G';  v ← β₂v + (1 - β₂)G'²;
     w ← (1 - ηλ)(w - η·√(1 - β₂ᵗ)/(1 - β₁ᵗ)·QL(m/(√v + ε))QRᵀ);  L ← βL + (1 - β)GGᵀ; and where `refresh`,
     columns of Q in the descending order of diag(QᵀLQ), v with them, Q ← qr(LQ), and m into the new bases.
@@ -82,12 +83,18 @@ def soap(
 
     Papers: Vyas et al. 2024, arXiv:2409.11321; criterion: 2506.03595; KL-SOAP: Lin et al. 2025, arXiv:2509.03378.
     """
+    given = list(factors)
     factors, bases, eigenvalues = list(factors), list(bases), list(eigenvalues)
     if time == 0:
         for dim, factor in enumerate(factors):
             if factor is not None:
                 factors[dim] = gram(g, dim) / (g.numel() // g.shape[dim] if kl else 1)
-                values, vectors = torch.linalg.eigh(factors[dim])
+        failures = sum(not bool(factor.isfinite().all()) for factor in factors if factor is not None)
+        if failures:
+            return w, m, v, given, bases, eigenvalues, failures
+        for dim, factor in enumerate(factors):
+            if factor is not None:
+                values, vectors = torch.linalg.eigh(factor)
                 bases[dim] = vectors.flip(-1)
                 if kl:
                     eigenvalues[dim] = values.flip(-1)
@@ -132,7 +139,7 @@ def soap(
                 continue
             rotated = factor @ basis
             diagonal = (basis * rotated).sum(0)
-            if off_diagonal(factor, diagonal) <= refresh_tolerance:
+            if refresh_tolerance > 0.0 and off_diagonal(factor, diagonal) <= refresh_tolerance:
                 continue
             order = torch.argsort(diagonal, descending=True, stable=True)
             fresh = torch.linalg.qr(rotated[:, order]).Q if rotated.isfinite().all() else rotated
