@@ -38,7 +38,7 @@ TYPES = {FAST: "fp32", WIDE: "fp64"}
 TILE = 64
 TILINGS = {FAST: newton_schulz.Tiling(TILE, 32, 8, 3), WIDE: newton_schulz.Tiling(TILE, 16, 8, 2)}
 # Warps of a program that keeps a matrix on the chip, by its side, up to each of these. One of 64 spills registers.
-ON_CHIP = {16: 4, 32: 4}
+ON_CHIP = {16: 1, 32: 4}
 # Columns that a program of the power method takes at a time.
 DEPTH = 32
 # Programs for each multiprocessor, which go through the tiles of a launch.
