@@ -28,7 +28,7 @@ from stepladder.reference.matrix_root import (
     RootInfo,
 )
 from stepladder.root_starts import starts
-from stepladder.triton_kernels import newton_schulz, root_elements, root_products, root_records
+from stepladder.triton_kernels import newton_schulz, root_elements, root_on_chip, root_products, root_records
 from stepladder.triton_kernels import root_table as table
 
 WORDS = table.WORDS.value
@@ -37,6 +37,8 @@ TYPES = {FAST: "fp32", WIDE: "fp64"}
 # By the arithmetic of an attempt. One list of tiles serves all launches.
 TILE = 64
 TILINGS = {FAST: newton_schulz.Tiling(TILE, 32, 8, 3), WIDE: newton_schulz.Tiling(TILE, 16, 8, 2)}
+# Warps of a program that keeps a matrix on the chip, by its side, up to each of these. One of 64 spills registers.
+ON_CHIP = {16: 1, 32: 4}
 # Columns that a program of the power method takes at a time.
 DEPTH = 32
 # Programs for each multiprocessor, which go through the tiles of a launch.
@@ -91,6 +93,14 @@ def record_kernel(function: Any) -> Kernel:
     return _kernel(function, function.__name__, 1, **constants)
 
 
+def on_chip_kernel(side: int) -> Kernel:
+    """The whole fast attempt on matrices of at most `side` rows."""
+    return _kernel(
+        root_on_chip.whole_root, f"whole_root_{side}", ON_CHIP[side], 2, NEAR=NEAR_IDENTITY, GROWTH=GROWTH,
+        SQUARINGS=SQUARINGS, MULTIPLICATIONS=MULTIPLICATIONS, SIDE=side,
+    )  # fmt: skip
+
+
 def kernels() -> list[Kernel]:
     """Every kernel that is ever launched."""
     found = [elements_kernel(root_elements.measure), elements_kernel(root_elements.finish), vector_kernel()]
@@ -102,6 +112,7 @@ def kernels() -> list[Kernel]:
         root_records.decide,
     )
     found += [record_kernel(function) for function in records]
+    found += [on_chip_kernel(side) for side in ON_CHIP]
     for attempt in (FAST, WIDE):
         found += [product_kernel(attempt)]
         found += [elements_kernel(function, attempt) for function in (root_elements.form, root_elements.begin)]
@@ -137,6 +148,11 @@ def _room(n: int) -> int:
 
 def _ceil(value: int, unit: int) -> int:
     return -(-value // unit)
+
+
+def _side(n: int) -> int:
+    """The side of the kernel that keeps a matrix on the chip, or 0."""
+    return min((side for side in ON_CHIP if n <= side), default=0)
 
 
 def _tiles(n: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -238,10 +254,20 @@ class Launches:
         self.words = np.concatenate([batch.words for batch in batches])
         self.count, self.p, self.device = len(self.words), p, device
         self._limit = PROGRAMS * newton_schulz._multiprocessors(device)
+        sides = [_side(batch.size) for batch in batches]
         sizes, counts = [batch.size for batch in batches], [len(batch.words) for batch in batches]
+        # Those that are iterated by many programs each come first.
+        grouped = sum(count for side, count in zip(sides, counts, strict=True) if side == 0)
+        self._sides = {
+            side: sum(count for own, count in zip(sides, counts, strict=True) if own == side)
+            for side in sorted(ON_CHIP, reverse=True)
+        }
         self._tiles = self._number([_tiles(n) for n in sizes], counts, table.FIRST_TILE, table.TILES)
         rows = [np.arange(_ceil(n, TILE)) << 16 for n in sizes]
         self._rows = self._number(rows, counts, table.FIRST_ROWS, table.ROWS)
+        # Matrices, tiles and blocks of rows, of those that come first and of all.
+        own = [int(self.words[:grouped, word.value].sum()) for word in (table.TILES, table.ROWS)]
+        self._reach = {FAST: (grouped, *own), WIDE: (self.count, len(self._tiles), len(self._rows))}
         rooms = np.repeat([_room(n) // 64 for n in sizes], counts)
         self.words[:, table.BUFFERS.value] = np.cumsum(rooms) - rooms
         self._doubles = 64 * int(rooms.sum())
@@ -289,50 +315,71 @@ class Launches:
             for attempt, condition in conditions.items()
         }
         self._allocate(schedules, (eps, relative_eps))
-        self._over_tiles(elements_kernel(root_elements.measure), self.sums)
-        fast_size = int(FAST_SIZE * FAST_SIZE) * self.p * self.p
-        self._over_matrices(root_records.prepare, self.counters, self.sums, self.damping, fast_size,
-                            *self._gates.values())  # fmt: skip
-        if relative_eps > 0.0:
-            self._damp()
         first = 0
         for attempt, schedule in schedules.items():
-            self._attempt(attempt, first, first + len(schedule))
-            first += len(schedule)
-        self._over_tiles(elements_kernel(root_elements.finish), *self.workspaces.values(), after=(self.p,))
+            end = first + len(schedule)
+            if attempt == FAST:
+                self._keep_on_chip(end, relative_eps > 0.0)
+                self._prepare(relative_eps > 0.0)
+            self._attempt(attempt, first, end)
+            first = end
+        self._over_tiles(WIDE, elements_kernel(root_elements.finish), *self.workspaces.values(), after=(self.p,))
 
-    def _over_tiles(self, kernel: Kernel, *pointers: Tensor, after: tuple[int, ...] = (), parts: int = 1) -> None:
-        """A kernel whose programs go through all tiles."""
-        count = len(self.tiles)
-        kernel.launch(min(parts * count, self._limit), self.table, self.tiles, *pointers, count, *after)
+    def _over_tiles(
+        self, attempt: int, kernel: Kernel, *pointers: Tensor, after: tuple[int, ...] = (), parts: int = 1
+    ) -> None:
+        """A kernel whose programs go through the tiles of the matrices that an attempt may be due to."""
+        count = self._reach[attempt][1]
+        if count > 0:
+            kernel.launch(min(parts * count, self._limit), self.table, self.tiles, *pointers, count, *after)
 
-    def _over_matrices(self, function: Any, *arguments: Any) -> None:
-        """A kernel with one program for each matrix."""
-        record_kernel(function).launch(self.count, self.table, *arguments)
+    def _over_matrices(self, attempt: int, function: Any, *arguments: Any) -> None:
+        """A kernel with one program for each of these matrices."""
+        count = self._reach[attempt][0]
+        if count > 0:
+            record_kernel(function).launch(count, self.table, *arguments)
 
-    def _product(self, attempt: int, gate: int, role: Any, slot: int = 0) -> None:
-        self._over_tiles(product_kernel(attempt), self.workspaces[attempt], self.counters, self.sums, self.starts,
-                         after=(gate, role.value, slot, self.p),
-                         parts=2 if role is root_products.STEP else 1)  # fmt: skip
+    def _keep_on_chip(self, end_start: int, relative: bool) -> None:
+        """The fast attempt on small matrices."""
+        begin = self._reach[FAST][0]
+        for side, count in self._sides.items():
+            if count > 0:
+                on_chip_kernel(side).launch(
+                    count, self.table[begin * WORDS :], self.counters, self.starts, self.damping, int(relative),
+                    end_start, _MOST[FAST], self.p, self._gates[WIDE],
+                )  # fmt: skip
+            begin += count
 
-    def _form(self, attempt: int, gate: int, due: int, shifted: int) -> None:
-        kernel = elements_kernel(root_elements.form, attempt)
-        self._over_tiles(kernel, self.workspaces[attempt], self.counters, self.sums, after=(gate, due, shifted))
-
-    def _damp(self) -> None:
-        """What is relative to the largest eigenvalue."""
+    def _prepare(self, relative: bool) -> None:
+        """Units and dampings of the others."""
+        self._over_tiles(FAST, elements_kernel(root_elements.measure), self.sums)
+        fast_size = int(FAST_SIZE * FAST_SIZE) * self.p * self.p
+        self._over_matrices(FAST, root_records.prepare, self.counters, self.sums, self.damping, fast_size,
+                            *self._gates.values())  # fmt: skip
+        rows = self._reach[FAST][2]
+        if not relative or rows == 0:
+            return
         self._form(FAST, 0, table.NONE.value, 0)
         for k in range(SQUARINGS):
-            self._over_matrices(root_records.note_norm, self.sums, int(k == 0))
+            self._over_matrices(FAST, root_records.note_norm, self.sums, int(k == 0))
             self._product(FAST, 0, root_products.REDUCE, k)
-        rows = len(self.rows)
         for turn in range(MULTIPLICATIONS + 1):
             last = int(turn == MULTIPLICATIONS)
             vector_kernel().launch(
                 min(rows, self._limit), self.table, self.rows, self.workspaces[FAST], self.counters, self.sums, rows,
                 0, 0 if last else SQUARINGS, turn, last,
             )  # fmt: skip
-        self._over_matrices(root_records.damp, self.sums, self.damping, rows, MULTIPLICATIONS)
+        self._over_matrices(FAST, root_records.damp, self.sums, self.damping, rows, MULTIPLICATIONS)
+
+    def _product(self, attempt: int, gate: int, role: Any, slot: int = 0) -> None:
+        self._over_tiles(attempt, product_kernel(attempt), self.workspaces[attempt], self.counters, self.sums,
+                         self.starts, after=(gate, role.value, slot, self.p),
+                         parts=2 if role is root_products.STEP else 1)  # fmt: skip
+
+    def _form(self, attempt: int, gate: int, due: int, shifted: int) -> None:
+        kernel = elements_kernel(root_elements.form, attempt)
+        self._over_tiles(attempt, kernel, self.workspaces[attempt], self.counters, self.sums,
+                         after=(gate, due, shifted))  # fmt: skip
 
     def _attempt(self, attempt: int, first_start: int, end_start: int) -> None:
         """One attempt, by as many steps as it may take."""
@@ -340,10 +387,10 @@ class Launches:
         self._form(attempt, gate, attempt, 1)
         self._product(attempt, gate, root_products.SQUARE)
         gate += 1
-        self._over_matrices(root_records.settle, self.counters, self.sums, self.starts, attempt, first_start, end_start,
-                            gate)  # fmt: skip
-        self._over_tiles(elements_kernel(root_elements.begin, attempt), self.workspaces[attempt], self.counters,
-                         self.starts, after=(gate,))  # fmt: skip
+        self._over_matrices(attempt, root_records.settle, self.counters, self.sums, self.starts, attempt, first_start,
+                            end_start, gate)  # fmt: skip
+        self._over_tiles(attempt, elements_kernel(root_elements.begin, attempt), self.workspaces[attempt],
+                         self.counters, self.starts, after=(gate,))  # fmt: skip
         for step in range(end_start - first_start + _MOST[attempt]):
             if 0 < step < end_start - first_start:
                 self._product(attempt, gate, root_products.QUADRATIC)
@@ -353,8 +400,8 @@ class Launches:
             if self.p > 1:
                 self._product(attempt, gate, root_products.LAST)
             gate += 1
-            self._over_matrices(root_records.decide, self.counters, self.sums, attempt, end_start, _MOST[attempt],
-                                self.p, gate, self._gates[WIDE])  # fmt: skip
+            self._over_matrices(attempt, root_records.decide, self.counters, self.sums, attempt, end_start,
+                                _MOST[attempt], self.p, gate, self._gates[WIDE])  # fmt: skip
 
 
 # Newton steps of each attempt.

@@ -124,6 +124,16 @@ def damp(words, sums, damping, rows, turn):
         set_number(matrix, DELTA, delta)
 
 
+@triton.jit
+def first_start_for(starts, delta, scale, first_start, end_start):
+    """The last of the polynomials that allows for what is known of the condition; else the first of them."""
+    known = tl.where(delta > 0, scale / delta, float("inf"))
+    start = tl.full((), first_start, tl.int32)
+    for i in range(first_start, end_start):
+        start = tl.where(tl.load(starts + i * START_WORDS + 3) >= known, i, start)
+    return start
+
+
 @triton.jit(do_not_specialize=["due", "first_start", "end_start", "gate"])
 def settle(words, counters, sums, starts, due, first_start, end_start, gate):
     """From the sums of D²: the scale s = √‖D²‖F, and the first polynomial, the last that allows for what is known."""
@@ -131,11 +141,7 @@ def settle(words, counters, sums, starts, due, first_start, end_start, gate):
     if word(matrix, DUE) == due:
         squares = fold(sums + word(matrix, FIRST_TILE), word(matrix, TILES))
         scale = tl.sqrt(tl.sqrt(squares)) * 1.0009765625
-        delta = number(matrix, DELTA)
-        known = tl.where(delta > 0, scale / delta, float("inf"))
-        start = tl.full((), 0, tl.int64) + first_start
-        for i in range(first_start, end_start):
-            start = tl.where(tl.load(starts + i * START_WORDS + 3) >= known, i, start)
+        start = first_start_for(starts, number(matrix, DELTA), scale, first_start, end_start)
         tl.debug_barrier()
         set_number(matrix, SCALE, scale)
         set_number(matrix, BEST, scale * 0.0 + float("inf"))

@@ -80,12 +80,19 @@ def update_grams(
     squares: Sequence[Tensor], others: Sequence[Tensor], beta: float, weight: float, backend: str | None
 ) -> None:
     """Update checked matrices."""
-    for square, g in zip(squares, others, strict=True):
+    together: dict[torch.device, list[int]] = {}
+    for index, (square, g) in enumerate(zip(squares, others, strict=True)):
         name = backends.choose(backend, square.device.type)
-        if name == "cpu":
+        if name == "triton":
+            together.setdefault(square.device, []).append(index)
+        elif name == "cpu":
             update_by_tiles(square, g.to(square.dtype), beta, weight)
         else:
             reference.update_gram_(square, g, beta, weight)
+    for indices in together.values():
+        from stepladder.triton_kernels import gram
+
+        gram.update_grams([squares[i] for i in indices], [others[i] for i in indices], beta, weight)
 
 
 def update_by_tiles(square: Tensor, g: Tensor, beta: float, weight: float) -> None:
