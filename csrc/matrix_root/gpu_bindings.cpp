@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "common/error.h"
+#include "matrix_root/gpu_basis_passes.h"
 #include "matrix_root/gpu_iteration.h"
 
 namespace py = pybind11;
@@ -41,9 +42,27 @@ std::vector<Stack> stacks_of(const std::vector<PyStack>& given) {
   return stacks;
 }
 
+// Address, matrices, rows, columns, strides from matrix to matrix, row to row, column to column; addresses of the
+// bases, of whether they fell back, and of whether they are finite.
+using PyBasisStack =
+    std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;
+
+std::vector<BasisStack> basis_stacks_of(const std::vector<PyBasisStack>& given) {
+  std::vector<BasisStack> stacks;
+  for (const auto& [in, count, m, n, stride, row_stride, column_stride, out, fallback, finite] : given)
+    stacks.push_back({reinterpret_cast<const float*>(in), count, m, n, stride, row_stride, column_stride,
+                      reinterpret_cast<float*>(out), reinterpret_cast<bool*>(fallback),
+                      reinterpret_cast<bool*>(finite)});
+  return stacks;
+}
+
 // Dynamic shared memory of a block, by the kernel's name.
 py::dict root_kernels() {
   py::dict all;
+  const BasisKernels& b = basis_kernels();
+  for (const gpu::Kernel* kernel :
+       {&b.begin, &b.load, &b.gram, &b.factor, &b.eliminate, &b.solve, &b.judge, &b.reflect, &b.write})
+    all[kernel->name] = kernel->shared_bytes;
   const GroupedKernels& k = grouped_kernels();
   for (const gpu::Kernel* kernel :
        {&k.begin, &k.find_top, &k.load_fast, &k.load_wide, &k.fast, &k.wide, &k.write_fast, &k.write_wide})
@@ -88,7 +107,20 @@ void bind_matrix_root_gpu(py::module_& m) {
                 reinterpret_cast<gpu::Stream>(stream));
           },
           py::arg("stacks"), py::arg("options"), py::arg("allocate"), py::arg("stream"));
-  m.def("root_kernels", &root_kernels, "Dynamic shared memory of the inverse roots' blocks, by kernel.");
+  py::class_<GpuBases>(m, "GpuBases", py::module_local())
+      .def(py::init<int, int64_t>(), py::arg("device"), py::arg("buffer_limit") = int64_t{4} << 30)
+      .def(
+          "run",
+          [](GpuBases& bases, const std::vector<PyBasisStack>& stacks, bool householder, double shift, double limit,
+             const std::function<uintptr_t(int64_t)>& allocate, uintptr_t stream) {
+            bases.run(
+                basis_stacks_of(stacks), householder, shift, limit,
+                [&](int64_t bytes) { return reinterpret_cast<char*>(allocate(bytes)); },
+                reinterpret_cast<gpu::Stream>(stream));
+          },
+          py::arg("stacks"), py::arg("householder"), py::arg("shift"), py::arg("limit"), py::arg("allocate"),
+          py::arg("stream"));
+  m.def("root_kernels", &root_kernels, "Dynamic shared memory of the blocks of inverse roots and bases, by kernel.");
 }
 
 }  // namespace stepladder

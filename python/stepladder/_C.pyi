@@ -136,6 +136,22 @@ class GpuRoots:
         self, stacks: list[_RootStack], options: RootOptions, allocate: Callable[[int], int], stream: int
     ) -> None: ...
 
+# Address, matrices, rows, columns, strides from matrix to matrix, row to row, column to column; addresses of the bases,
+# of whether they fell back, and of whether they are finite.
+_BasisStack = tuple[int, int, int, int, int, int, int, int, int, int]
+
+class GpuBases:
+    def __init__(self, device: int, buffer_limit: int = ...) -> None: ...
+    def run(
+        self,
+        stacks: list[_BasisStack],
+        householder: bool,
+        shift: float,
+        limit: float,
+        allocate: Callable[[int], int],
+        stream: int,
+    ) -> None: ...
+
 def matrix_units() -> list[str]: ...
 
 _Strided = tuple[int, int, int]
