@@ -7,7 +7,9 @@
 
 #include "common/error.h"
 #include "matrix_root/gpu_basis_passes.h"
+#include "matrix_root/gpu_grams.h"
 #include "matrix_root/gpu_iteration.h"
+#include "newton_schulz/py_matrix.h"
 
 namespace py = pybind11;
 
@@ -56,6 +58,20 @@ std::vector<BasisStack> basis_stacks_of(const std::vector<PyBasisStack>& given) 
   return stacks;
 }
 
+// L, G, rows and columns of G.
+using PyGram = std::tuple<newton_schulz::PyView, newton_schulz::PyView, int64_t, int64_t>;
+
+std::vector<GramRecord> grams_of(const std::vector<PyGram>& given) {
+  std::vector<GramRecord> grams;
+  for (const auto& [square, factor, m, n] : given) {
+    const newton_schulz::View l = newton_schulz::view_of(square), g = newton_schulz::view_of(factor);
+    SL_CHECK(l.dtype == DType::f32, "a matrix L has the dtype '", std::get<1>(square), "', expected float32");
+    grams.push_back({static_cast<float*>(l.data), l.row_stride, l.col_stride, g.data, g.row_stride, g.col_stride,
+                     static_cast<int64_t>(g.dtype), m, n});
+  }
+  return grams;
+}
+
 // Dynamic shared memory of a block, by the kernel's name.
 py::dict root_kernels() {
   py::dict all;
@@ -63,6 +79,7 @@ py::dict root_kernels() {
   for (const gpu::Kernel* kernel :
        {&b.begin, &b.load, &b.gram, &b.factor, &b.eliminate, &b.solve, &b.judge, &b.reflect, &b.write})
     all[kernel->name] = kernel->shared_bytes;
+  all[gram_kernel().name] = gram_kernel().shared_bytes;
   const GroupedKernels& k = grouped_kernels();
   for (const gpu::Kernel* kernel :
        {&k.begin, &k.find_top, &k.load_fast, &k.load_wide, &k.fast, &k.wide, &k.write_fast, &k.write_wide})
@@ -120,7 +137,16 @@ void bind_matrix_root_gpu(py::module_& m) {
           },
           py::arg("stacks"), py::arg("householder"), py::arg("shift"), py::arg("limit"), py::arg("allocate"),
           py::arg("stream"));
-  m.def("root_kernels", &root_kernels, "Dynamic shared memory of the blocks of inverse roots and bases, by kernel.");
+  py::class_<GpuGrams>(m, "GpuGrams", py::module_local())
+      .def(py::init<int>(), py::arg("device"))
+      .def(
+          "run",
+          [](GpuGrams& grams, const std::vector<PyGram>& matrices, double beta, double weight, uintptr_t stream) {
+            grams.run(grams_of(matrices), beta, weight, reinterpret_cast<gpu::Stream>(stream));
+          },
+          py::arg("matrices"), py::arg("beta"), py::arg("weight"), py::arg("stream"));
+  m.def("root_kernels", &root_kernels,
+        "Dynamic shared memory of the blocks of inverse roots, bases and Gram matrices, by kernel.");
 }
 
 }  // namespace stepladder

@@ -47,7 +47,9 @@ struct Part<float, kRows, kColumns> {
     }
   }
 
-  // Adds left right^T over `depth`, a multiple of 8; rows are aligned to 16 bytes.
+  // Adds left right^T over `depth`, a multiple of 8; rows are aligned to 16 bytes. kExact: all elements are tf32 as
+  // they are.
+  template <bool kExact = false>
   SL_DEVICE void add_product(const float* left, int left_stride, const float* right, int right_stride, int depth) {
     const int lane = threadIdx.x % 32;
     const float* const a_at = left + (lane % 16) * left_stride + lane / 16 * 4;
@@ -70,9 +72,9 @@ struct Part<float, kRows, kColumns> {
         for (int j = 0; j < kColumnParts; j += 2) {
           float sums[2][4] = {};
           SL_UNROLL
-          for (int h = 0; h < 2; ++h) gpu::multiply_tf32(sums[h], small_a, &large_b[j / 2][2 * h]);
+          for (int h = 0; h < (kExact ? 0 : 2); ++h) gpu::multiply_tf32(sums[h], small_a, &large_b[j / 2][2 * h]);
           SL_UNROLL
-          for (int h = 0; h < 2; ++h) gpu::multiply_tf32(sums[h], large_a, &small_b[j / 2][2 * h]);
+          for (int h = 0; h < (kExact ? 0 : 2); ++h) gpu::multiply_tf32(sums[h], large_a, &small_b[j / 2][2 * h]);
           SL_UNROLL
           for (int h = 0; h < 2; ++h) gpu::multiply_tf32(sums[h], large_a, &large_b[j / 2][2 * h]);
           SL_UNROLL

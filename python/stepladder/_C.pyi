@@ -140,6 +140,13 @@ class GpuRoots:
 # of whether they fell back, and of whether they are finite.
 _BasisStack = tuple[int, int, int, int, int, int, int, int, int, int]
 
+# L, G, rows and columns of G.
+_Gram = tuple[_View, _View, int, int]
+
+class GpuGrams:
+    def __init__(self, device: int) -> None: ...
+    def run(self, matrices: list[_Gram], beta: float, weight: float, stream: int) -> None: ...
+
 class GpuBases:
     def __init__(self, device: int, buffer_limit: int = ...) -> None: ...
     def run(

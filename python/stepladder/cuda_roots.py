@@ -1,4 +1,4 @@
-"""Inverse roots and orthonormal bases by the CUDA kernels."""
+"""Inverse roots, orthonormal bases and averages of Gram matrices by the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepladder import _C
 from stepladder.backends import current_stream
+from stepladder.newton_schulz import views_of
 from stepladder.reference import matrix_root
 from stepladder.reference.matrix_root import RootInfo
 from stepladder.reference.orthonormalize import LIMIT, SHIFT, BasisInfo
@@ -106,3 +107,17 @@ def bases(stacks: Sequence[Tensor], method: str) -> list[tuple[Tensor, BasisInfo
     kernels, stream = _kernels(_C.GpuBases, device), current_stream(device.index or 0)
     kernels.run(given, method == "householder", SHIFT, LIMIT, _Workspace(device), stream)
     return [(q, info) for _, q, info in results]
+
+
+def update_grams(squares: Sequence[Tensor], others: Sequence[Tensor], beta: float, weight: float) -> None:
+    """L ← βL + weight·GGᵀ for L of fp32 on one GPU and G of a dtype that kernels take, in one launch.
+
+    Of each L one half is read.
+    """
+    device = squares[0].device
+    given = []
+    others = [g.resolve_neg() for g in others]
+    for square, g in zip(squares, others, strict=True):
+        for view, other in zip(views_of(square), views_of(g), strict=True):
+            given.append((view, other, g.shape[-2], g.shape[-1]))
+    _kernels(_C.GpuGrams, device).run(given, beta, weight, current_stream(device.index or 0))

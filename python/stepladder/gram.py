@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepladder import backends, products, reference
-from stepladder.newton_schulz import check_floating
+from stepladder import backends, cuda_roots, products, reference
+from stepladder.newton_schulz import KERNEL_DTYPES, check_floating
 
 # Rows of a tile on a CPU: large enough that its product runs at full speed, small enough that the tiles on the
 # diagonal, half of which are computed for nothing, are few.
@@ -78,12 +78,18 @@ def update_grams(
     squares: Sequence[Tensor], others: Sequence[Tensor], beta: float, weight: float, backend: str | None
 ) -> None:
     """Update checked matrices."""
-    for square, g in zip(squares, others, strict=True):
-        name = backends.choose(backend, square.device.type)
+    names = [backends.choose(backend, square.device.type) for square in squares]
+    by_cuda: dict[torch.device, list[int]] = {}
+    for index, (name, square, g) in enumerate(zip(names, squares, others, strict=True)):
+        if name == "cuda" and square.dtype == torch.float32 and g.dtype in KERNEL_DTYPES and not square.is_neg():
+            by_cuda.setdefault(square.device, []).append(index)
+            continue
         if name == "cpu":
             update_by_tiles(square, g.to(square.dtype), beta, weight)
         else:
             reference.update_gram_(square, g, beta, weight)
+    for indices in by_cuda.values():
+        cuda_roots.update_grams([squares[i] for i in indices], [others[i] for i in indices], beta, weight)
 
 
 def update_by_tiles(square: Tensor, g: Tensor, beta: float, weight: float) -> None:
