@@ -28,7 +28,8 @@ class Gpu:
         self.use()
 
     def use(self, path: str = "on_chip", buffers: int = 1 << 30) -> None:
-        cuda_roots._kept.roots = {0: self.module.GpuRoots(0, PATHS[path], buffers)}
+        kernels = self.module.GpuRoots(0, PATHS[path], buffers)
+        cuda_roots._kept.kernels = {(self.module.GpuRoots, 0): kernels}
 
     def roots(self, stacks: list[Tensor], p: int, eps: float = 0.0, relative_eps: float = 0.0):
         """Results on the CPU; matrices [n, n] are stacks of one."""
@@ -45,7 +46,7 @@ def gpu(request):
         request.getfixturevalue("emulated")
     gpu = Gpu(cuda_roots._C)
     yield gpu
-    cuda_roots._kept.roots = {}
+    cuda_roots._kept.kernels = {}
 
 
 def place(a: Tensor) -> Tensor:
@@ -319,7 +320,7 @@ def test_launches_do_not_grow_with_the_matrices(gpu, path, sizes, groups):
 def test_a_captured_call_keeps_its_table(gpu, path):
     gpu.use(path)
     a, other = torch.stack([positive(9, 1e2)] * 2), positive(12, 10)
-    roots = cuda_roots._kept.roots[0]
+    (roots,) = cuda_roots._kept.kernels.values()
     x = torch.empty_like(a)
     iterations, status = torch.zeros(2, dtype=torch.int32), torch.full((2,), 9, dtype=torch.int8)
     workspaces = []

@@ -6,7 +6,10 @@
 #include <tuple>
 
 #include "common/error.h"
+#include "matrix_root/gpu_basis_passes.h"
+#include "matrix_root/gpu_grams.h"
 #include "matrix_root/gpu_iteration.h"
+#include "newton_schulz/py_matrix.h"
 
 namespace py = pybind11;
 
@@ -41,9 +44,42 @@ std::vector<Stack> stacks_of(const std::vector<PyStack>& given) {
   return stacks;
 }
 
+// Address, matrices, rows, columns, strides from matrix to matrix, row to row, column to column; addresses of the
+// bases, of whether they fell back, and of whether they are finite.
+using PyBasisStack =
+    std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;
+
+std::vector<BasisStack> basis_stacks_of(const std::vector<PyBasisStack>& given) {
+  std::vector<BasisStack> stacks;
+  for (const auto& [in, count, m, n, stride, row_stride, column_stride, out, fallback, finite] : given)
+    stacks.push_back({reinterpret_cast<const float*>(in), count, m, n, stride, row_stride, column_stride,
+                      reinterpret_cast<float*>(out), reinterpret_cast<bool*>(fallback),
+                      reinterpret_cast<bool*>(finite)});
+  return stacks;
+}
+
+// L, G, rows and columns of G.
+using PyGram = std::tuple<newton_schulz::PyView, newton_schulz::PyView, int64_t, int64_t>;
+
+std::vector<GramRecord> grams_of(const std::vector<PyGram>& given) {
+  std::vector<GramRecord> grams;
+  for (const auto& [square, factor, m, n] : given) {
+    const newton_schulz::View l = newton_schulz::view_of(square), g = newton_schulz::view_of(factor);
+    SL_CHECK(l.dtype == DType::f32, "a matrix L has the dtype '", std::get<1>(square), "', expected float32");
+    grams.push_back({static_cast<float*>(l.data), l.row_stride, l.col_stride, g.data, g.row_stride, g.col_stride,
+                     static_cast<int64_t>(g.dtype), m, n});
+  }
+  return grams;
+}
+
 // Dynamic shared memory of a block, by the kernel's name.
 py::dict root_kernels() {
   py::dict all;
+  const BasisKernels& b = basis_kernels();
+  for (const gpu::Kernel* kernel :
+       {&b.begin, &b.load, &b.gram, &b.factor, &b.eliminate, &b.solve, &b.judge, &b.reflect, &b.write})
+    all[kernel->name] = kernel->shared_bytes;
+  all[gram_kernel().name] = gram_kernel().shared_bytes;
   const GroupedKernels& k = grouped_kernels();
   for (const gpu::Kernel* kernel :
        {&k.begin, &k.find_top, &k.load_fast, &k.load_wide, &k.fast, &k.wide, &k.write_fast, &k.write_wide})
@@ -88,7 +124,29 @@ void bind_matrix_root_gpu(py::module_& m) {
                 reinterpret_cast<gpu::Stream>(stream));
           },
           py::arg("stacks"), py::arg("options"), py::arg("allocate"), py::arg("stream"));
-  m.def("root_kernels", &root_kernels, "Dynamic shared memory of the inverse roots' blocks, by kernel.");
+  py::class_<GpuBases>(m, "GpuBases", py::module_local())
+      .def(py::init<int, int64_t>(), py::arg("device"), py::arg("buffer_limit") = int64_t{4} << 30)
+      .def(
+          "run",
+          [](GpuBases& bases, const std::vector<PyBasisStack>& stacks, bool householder, double shift, double limit,
+             const std::function<uintptr_t(int64_t)>& allocate, uintptr_t stream) {
+            bases.run(
+                basis_stacks_of(stacks), householder, shift, limit,
+                [&](int64_t bytes) { return reinterpret_cast<char*>(allocate(bytes)); },
+                reinterpret_cast<gpu::Stream>(stream));
+          },
+          py::arg("stacks"), py::arg("householder"), py::arg("shift"), py::arg("limit"), py::arg("allocate"),
+          py::arg("stream"));
+  py::class_<GpuGrams>(m, "GpuGrams", py::module_local())
+      .def(py::init<int>(), py::arg("device"))
+      .def(
+          "run",
+          [](GpuGrams& grams, const std::vector<PyGram>& matrices, double beta, double weight, uintptr_t stream) {
+            grams.run(grams_of(matrices), beta, weight, reinterpret_cast<gpu::Stream>(stream));
+          },
+          py::arg("matrices"), py::arg("beta"), py::arg("weight"), py::arg("stream"));
+  m.def("root_kernels", &root_kernels,
+        "Dynamic shared memory of the blocks of inverse roots, bases and Gram matrices, by kernel.");
 }
 
 }  // namespace stepladder

@@ -10,21 +10,13 @@ namespace stepladder::matrix_root {
 
 namespace {
 
+// Distances between elements are counted in 32 bits.
 constexpr int64_t kMaxSide = 1 << 15;
-constexpr int64_t kAlignment = 256;  // of parts of the workspace
-
-int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
-int64_t aligned(int64_t bytes) { return parts(bytes, kAlignment) * kAlignment; }
-int64_t tiles(int64_t n, int64_t side) { return parts(n, side) * (parts(n, side) + 1) / 2; }
 
 void check(const Stack& stack) {
   SL_CHECK(stack.count >= 0 && stack.n >= 0 && stack.n <= kMaxSide, "there are ", stack.count, " matrices of side ",
            stack.n, ", expected none or more, of a side from 0 to ", kMaxSide);
   if (stack.count == 0 || stack.n == 0) return;
-  const auto check_address = [](const void* address, size_t item, const char* name) {
-    SL_CHECK(address != nullptr && reinterpret_cast<uintptr_t>(address) % item == 0, "'", name, "' is at ", address,
-             ", expected an address that is aligned to its elements");
-  };
   check_address(stack.in, sizeof(float), "in");
   check_address(stack.out, sizeof(float), "out");
   check_address(stack.iterations, sizeof(int32_t), "iterations");
@@ -71,16 +63,6 @@ struct GpuRoots::Turn {
   RootState* states;
   gpu::Stream stream;
 };
-
-GpuRoots::~GpuRoots() {
-  // At the process's end the runtime may be gone, and the device's memory with it.
-  try {
-    const gpu::Guard guard(device_);
-    table_ = DeviceBuffer();
-    frozen_.clear();
-  } catch (const Error&) {
-  }
-}
 
 void GpuRoots::sort(const std::vector<Stack>& stacks) {
   records_.clear();
@@ -134,38 +116,9 @@ void GpuRoots::place(Batch& batch) {
     }
     max_units_ = std::max(max_units_, units.count);
   };
-  add(batch.fast, [](int64_t n) { return tiles(n, kFastSide); });
-  add(batch.wide, [](int64_t n) { return tiles(n, kWideSide); });
+  add(batch.fast, [](int64_t n) { return triangle(n, kFastSide); });
+  add(batch.wide, [](int64_t n) { return triangle(n, kWideSide); });
   add(batch.rows, [](int64_t n) { return parts(n, kWrittenRows); });
-}
-
-const uint64_t* GpuRoots::upload(gpu::Stream stream) {
-  const size_t bytes = words_.size() * sizeof(uint64_t);
-  if (gpu::is_capturing(stream)) {
-    frozen_.emplace_back();
-    frozen_.back().at_least(bytes);
-    gpu::copy_outside_of_capture(frozen_.back().as<void>(), words_.data(), bytes);
-    return frozen_.back().as<uint64_t>();
-  }
-  if (bytes > table_.bytes()) {
-    uploaded_.clear();
-    // With room for more, as growing waits for the device.
-    table_.at_least(2 * bytes);
-  }
-  if (words_ != uploaded_) {
-    ring_.upload(table_.as<uint64_t>(), words_.data(), words_.size(), stream);
-    uploaded_ = words_;
-  }
-  return table_.as<uint64_t>();
-}
-
-void GpuRoots::launch(const gpu::Kernel& kernel, const RootLaunch& arguments, int64_t work, gpu::Stream stream) {
-  auto known = std::find_if(grids_.begin(), grids_.end(), [&](const Grid& g) { return g.function == kernel.function; });
-  if (known == grids_.end()) {
-    grids_.push_back({kernel.function, gpu::multiprocessors() * gpu::blocks_per_multiprocessor(kernel)});
-    known = grids_.end() - 1;
-  }
-  gpu::launch(kernel, static_cast<int>(std::min<int64_t>(known->blocks, work)), &arguments, stream);
 }
 
 void GpuRoots::run_batch(const Batch& batch, const Turn& turn) {
@@ -176,16 +129,16 @@ void GpuRoots::run_batch(const Batch& batch, const Turn& turn) {
   const auto over = [&](const gpu::Kernel& kernel, const Units& units, int times = 1) {
     launch.first = reinterpret_cast<const int64_t*>(turn.words + units.first);
     launch.work = units.count;
-    for (int k = 0; k < times; ++k) this->launch(kernel, launch, launch.work, turn.stream);
+    for (int k = 0; k < times; ++k) launcher_.launch(kernel, &launch, launch.work, turn.stream);
   };
   const GroupedKernels& kernels = grouped_kernels();
   const Options& options = launch.options;
   if (!batch.wide_only) {
-    this->launch(kernels.begin, launch, launch.count, turn.stream);
+    launcher_.launch(kernels.begin, &launch, launch.count, turn.stream);
     if (options.relative_eps > 0.0) {
       over(kernels.load_fast, batch.wide);
       over(kernels.fast, batch.fast, options.squarings);
-      this->launch(kernels.find_top, launch, launch.count, turn.stream);
+      launcher_.launch(kernels.find_top, &launch, launch.count, turn.stream);
     }
     over(kernels.load_fast, batch.wide);
     over(kernels.fast, batch.fast, most_operations(options.fast, options.p));
@@ -200,7 +153,7 @@ void GpuRoots::run(const std::vector<Stack>& stacks, const Options& options, con
                    gpu::Stream stream) {
   check(options);
   for (const Stack& stack : stacks) check(stack);
-  const gpu::Guard guard(device_);
+  const gpu::Guard guard(launcher_.device());
   buffer_bytes_ = max_units_ = 0;
   sort(stacks);
   if (records_.empty()) return;
@@ -210,14 +163,9 @@ void GpuRoots::run(const std::vector<Stack>& stacks, const Options& options, con
 
   const int64_t state_bytes = aligned(static_cast<int64_t>(records_.size() * sizeof(RootState)));
   const int64_t sum_bytes = aligned(max_units_ * static_cast<int64_t>(sizeof(double)));
-  char* const memory = allocate(state_bytes + sum_bytes + buffer_bytes_);
-  SL_CHECK(memory != nullptr && reinterpret_cast<uintptr_t>(memory) % 16 == 0, "the workspace is at ",
-           static_cast<void*>(memory), ", expected an address aligned to 16 bytes");
-  const bool captured = gpu::is_capturing(stream);
-  // The table is the object's own: work on another stream waits for the last.
-  if (!captured && stream != last_stream_) done_.hold(stream);
+  char* const memory = checked_workspace(allocate, state_bytes + sum_bytes + buffer_bytes_);
   Turn turn;
-  turn.words = upload(stream);
+  turn.words = launcher_.upload(words_, stream);
   turn.states = reinterpret_cast<RootState*>(memory);
   turn.stream = stream;
   turn.launch.sums = reinterpret_cast<double*>(memory + state_bytes);
@@ -228,15 +176,13 @@ void GpuRoots::run(const std::vector<Stack>& stacks, const Options& options, con
     launch.matrices = reinterpret_cast<const RootRecord*>(turn.words) + o.first;
     launch.states = turn.states + o.first;
     launch.count = static_cast<int64_t>(o.count);
-    this->launch(on_chip_kernel(o.side, false), launch, launch.count, stream);
+    launcher_.launch(on_chip_kernel(o.side, false), &launch, launch.count, stream);
     const bool followed =
         std::any_of(batches_.begin(), batches_.end(), [&](const Batch& b) { return b.first == o.first; });
-    if (!followed) this->launch(on_chip_kernel(o.side, true), launch, launch.count, stream);
+    if (!followed) launcher_.launch(on_chip_kernel(o.side, true), &launch, launch.count, stream);
   }
   for (const Batch& batch : batches_) run_batch(batch, turn);
-  if (captured) return;
-  done_.record(stream);
-  last_stream_ = stream;
+  launcher_.end(stream);
 }
 
 }  // namespace stepladder::matrix_root

@@ -2,12 +2,10 @@
 // size of block, all others together by a sequence of launches that is as long as the longest course can be.
 #pragma once
 
-#include <functional>
-#include <utility>
 #include <vector>
 
+#include "matrix_root/gpu_launcher.h"
 #include "matrix_root/gpu_roots.h"
-#include "multi_tensor/gpu_executor.h"
 
 namespace stepladder::matrix_root {
 
@@ -23,14 +21,10 @@ struct Stack {
 
 class GpuRoots {
  public:
-  // Memory on the device, aligned to 16 bytes, that lasts until the work on the stream is done. Asked for once at most.
-  using Allocate = std::function<char*(int64_t bytes)>;
-
   // A block asks for at most `shared_limit` bytes of shared memory: with 0 nothing is iterated on chip. Matrices that
   // are not go together as far as their buffers fit in `buffer_limit` bytes.
   GpuRoots(int device, int64_t shared_limit, int64_t buffer_limit)
-      : device_(device), shared_limit_(shared_limit), buffer_limit_(buffer_limit) {}
-  ~GpuRoots();
+      : launcher_(device), shared_limit_(shared_limit), buffer_limit_(buffer_limit) {}
 
   // Waits for nothing. A capture keeps the addresses that it was given.
   void run(const std::vector<Stack>& stacks, const Options& options, const Allocate& allocate, gpu::Stream stream);
@@ -57,28 +51,15 @@ class GpuRoots {
   void sort(const std::vector<Stack>& stacks);
   void add_batches(size_t first, size_t count, bool wide_only);
   void place(Batch& batch);
-  const uint64_t* upload(gpu::Stream stream);
-  void launch(const gpu::Kernel& kernel, const RootLaunch& arguments, int64_t work, gpu::Stream stream);
   void run_batch(const Batch& batch, const Turn& turn);
 
-  int device_;
+  Launcher launcher_;
   int64_t shared_limit_, buffer_limit_;
   std::vector<RootRecord> records_;
   std::vector<OnChip> on_chip_;
   std::vector<Batch> batches_;
   int64_t buffer_bytes_ = 0, max_units_ = 0;
-  std::vector<uint64_t> words_, uploaded_;
-  DeviceBuffer table_;
-  // Of captured calls, whose graphs may be replayed at any time.
-  std::vector<DeviceBuffer> frozen_;
-  UploadRing ring_;
-  gpu::Event done_;
-  gpu::Stream last_stream_ = nullptr;
-  struct Grid {
-    const void* function;
-    int blocks;
-  };
-  std::vector<Grid> grids_;
+  std::vector<uint64_t> words_;
 };
 
 }  // namespace stepladder::matrix_root

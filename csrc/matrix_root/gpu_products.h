@@ -47,7 +47,9 @@ struct Part<float, kRows, kColumns> {
     }
   }
 
-  // Adds left right^T over `depth`, a multiple of 8; rows are aligned to 16 bytes.
+  // Adds left right^T over `depth`, a multiple of 8; rows are aligned to 16 bytes. kExact: all elements are tf32 as
+  // they are.
+  template <bool kExact = false>
   SL_DEVICE void add_product(const float* left, int left_stride, const float* right, int right_stride, int depth) {
     const int lane = threadIdx.x % 32;
     const float* const a_at = left + (lane % 16) * left_stride + lane / 16 * 4;
@@ -70,9 +72,9 @@ struct Part<float, kRows, kColumns> {
         for (int j = 0; j < kColumnParts; j += 2) {
           float sums[2][4] = {};
           SL_UNROLL
-          for (int h = 0; h < 2; ++h) gpu::multiply_tf32(sums[h], small_a, &large_b[j / 2][2 * h]);
+          for (int h = 0; h < (kExact ? 0 : 2); ++h) gpu::multiply_tf32(sums[h], small_a, &large_b[j / 2][2 * h]);
           SL_UNROLL
-          for (int h = 0; h < 2; ++h) gpu::multiply_tf32(sums[h], large_a, &small_b[j / 2][2 * h]);
+          for (int h = 0; h < (kExact ? 0 : 2); ++h) gpu::multiply_tf32(sums[h], large_a, &small_b[j / 2][2 * h]);
           SL_UNROLL
           for (int h = 0; h < 2; ++h) gpu::multiply_tf32(sums[h], large_a, &large_b[j / 2][2 * h]);
           SL_UNROLL
@@ -113,11 +115,32 @@ struct Part<double, kRows, kColumns> {
       for (int i = 0; i < kRowParts; ++i) a[i] = a_at[i * 8 * left_stride + k];
       SL_UNROLL
       for (int j = 0; j < kColumnParts; ++j) b[j] = b_at[j * 8 * right_stride + k];
+      add_outer(a, b);
+    }
+  }
+
+  // Adds left^T right: of operands whose rows are those of the inner dimension.
+  SL_DEVICE void add_columns(const double* left, int left_stride, const double* right, int right_stride, int depth) {
+    const int lane = threadIdx.x % 32;
+    const double* const a_at = left + lane % 4 * left_stride + lane / 4;
+    const double* const b_at = right + lane % 4 * right_stride + lane / 4;
+    SL_ROLLED
+    for (int k = 0; k < depth; k += kStep) {
+      double a[kRowParts], b[kColumnParts];
       SL_UNROLL
-      for (int i = 0; i < kRowParts; ++i) {
-        SL_UNROLL
-        for (int j = 0; j < kColumnParts; ++j) gpu::multiply_f64(values[i][j], a[i], b[j]);
-      }
+      for (int i = 0; i < kRowParts; ++i) a[i] = a_at[k * left_stride + i * 8];
+      SL_UNROLL
+      for (int j = 0; j < kColumnParts; ++j) b[j] = b_at[k * right_stride + j * 8];
+      add_outer(a, b);
+    }
+  }
+
+ private:
+  SL_DEVICE void add_outer(const double* a, const double* b) {
+    SL_UNROLL
+    for (int i = 0; i < kRowParts; ++i) {
+      SL_UNROLL
+      for (int j = 0; j < kColumnParts; ++j) gpu::multiply_f64(values[i][j], a[i], b[j]);
     }
   }
 };
@@ -148,20 +171,26 @@ SL_DEVICE float block_max(float value, double* scratch) {
   return all;
 }
 
-// The largest magnitude of a matrix's elements, NaN where one of them is; for all threads of a block.
-SL_DEVICE float largest_magnitude(const RootRecord& matrix, double* scratch) {
-  const bool down = matrix.column_stride > matrix.row_stride;
-  const int64_t outer = down ? matrix.column_stride : matrix.row_stride;
-  const int64_t inner = down ? matrix.row_stride : matrix.column_stride;
+// The largest magnitude of the elements of a matrix [m, n], NaN where one of them is; for all threads of a block.
+SL_DEVICE float largest_magnitude(const float* from, int64_t m, int64_t n, int64_t row_stride, int64_t column_stride,
+                                  double* scratch) {
+  const bool down = column_stride > row_stride;
+  const int64_t outer = down ? column_stride : row_stride, inner = down ? row_stride : column_stride;
+  const int64_t count = down ? n : m, length = down ? m : n;
   const int warps = static_cast<int>(blockDim.x) / 32;
   float largest = 0.0f;
-  for (int64_t r = threadIdx.x / 32; r < matrix.n; r += warps) {
-    for (int64_t c = threadIdx.x % 32; c < matrix.n; c += 32) {
-      const float value = fabsf(matrix.in[r * outer + c * inner]);
+  for (int64_t r = threadIdx.x / 32; r < count; r += warps) {
+    for (int64_t c = threadIdx.x % 32; c < length; c += 32) {
+      const float value = fabsf(from[r * outer + c * inner]);
       largest = value > largest || value != value ? value : largest;
     }
   }
   return block_max(largest, scratch);
+}
+
+// Of a square matrix.
+SL_DEVICE float largest_magnitude(const RootRecord& matrix, double* scratch) {
+  return largest_magnitude(matrix.in, matrix.n, matrix.n, matrix.row_stride, matrix.column_stride, scratch);
 }
 
 }  // namespace stepladder::matrix_root

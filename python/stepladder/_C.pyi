@@ -136,6 +136,29 @@ class GpuRoots:
         self, stacks: list[_RootStack], options: RootOptions, allocate: Callable[[int], int], stream: int
     ) -> None: ...
 
+# Address, matrices, rows, columns, strides from matrix to matrix, row to row, column to column; addresses of the bases,
+# of whether they fell back, and of whether they are finite.
+_BasisStack = tuple[int, int, int, int, int, int, int, int, int, int]
+
+# L, G, rows and columns of G.
+_Gram = tuple[_View, _View, int, int]
+
+class GpuGrams:
+    def __init__(self, device: int) -> None: ...
+    def run(self, matrices: list[_Gram], beta: float, weight: float, stream: int) -> None: ...
+
+class GpuBases:
+    def __init__(self, device: int, buffer_limit: int = ...) -> None: ...
+    def run(
+        self,
+        stacks: list[_BasisStack],
+        householder: bool,
+        shift: float,
+        limit: float,
+        allocate: Callable[[int], int],
+        stream: int,
+    ) -> None: ...
+
 def matrix_units() -> list[str]: ...
 
 _Strided = tuple[int, int, int]

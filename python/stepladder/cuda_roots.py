@@ -1,23 +1,50 @@
-"""Inverse roots by the CUDA kernels."""
+"""Inverse roots, orthonormal bases and averages of Gram matrices by the CUDA kernels."""
 
 from __future__ import annotations
 
 import functools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from stepladder import _C
 from stepladder.backends import current_stream
+from stepladder.newton_schulz import views_of
 from stepladder.reference import matrix_root
 from stepladder.reference.matrix_root import RootInfo
+from stepladder.reference.orthonormalize import LIMIT, SHIFT, BasisInfo
 from stepladder.root_starts import starts
 
 # This thread's kernels on each GPU, with the tables that they keep.
 _kept = threading.local()
+
+Kernels = TypeVar("Kernels")
+
+
+def _kernels(kind: Callable[[int], Kernels], device: torch.device) -> Kernels:
+    if not hasattr(_kept, "kernels"):
+        _kept.kernels = {}
+    key = (kind, device.index or 0)
+    if key not in _kept.kernels:
+        _kept.kernels[key] = kind(key[1])
+    found: Kernels = _kept.kernels[key]
+    return found
+
+
+class _Workspace:
+    """What a call asks for, kept until it returns; what it has enqueued comes first on its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kept: list[Tensor] = []
+
+    def __call__(self, count: int) -> int:
+        self.kept.append(torch.empty(count, dtype=torch.uint8, device=self.device))
+        return self.kept[-1].data_ptr()
 
 
 def roots(stacks: Sequence[Tensor], p: int, eps: float, relative_eps: float) -> list[tuple[Tensor, RootInfo]]:
@@ -26,11 +53,6 @@ def roots(stacks: Sequence[Tensor], p: int, eps: float, relative_eps: float) -> 
     Only what is on and below the diagonals is read. The residuals are left NaN.
     """
     device = stacks[0].device
-    index = device.index or 0
-    if not hasattr(_kept, "roots"):
-        _kept.roots = {}
-    if index not in _kept.roots:
-        _kept.roots[index] = _C.GpuRoots(index)
     results, given = [], []
     for a in stacks:
         a = a.resolve_neg()
@@ -40,14 +62,10 @@ def roots(stacks: Sequence[Tensor], p: int, eps: float, relative_eps: float) -> 
         residual = torch.full((len(a),), math.nan, dtype=a.dtype, device=device)
         results.append((a, x, RootInfo(iterations, residual, status)))
         out = (x.data_ptr(), iterations.data_ptr(), status.data_ptr())
-        given.append((a.data_ptr(), len(a), a.shape[-1], *a.stride(), *out))
-    workspaces: list[Tensor] = []
-
-    def allocate(count: int) -> int:
-        workspaces.append(torch.empty(count, dtype=torch.uint8, device=device))
-        return workspaces[-1].data_ptr()
-
-    _kept.roots[index].run(given, options_of(p, eps, relative_eps), allocate, current_stream(index))
+        batch, row, column = a.stride()
+        given.append((a.data_ptr(), len(a), a.shape[-1], batch, row, column, *out))
+    options = options_of(p, eps, relative_eps)
+    _kernels(_C.GpuRoots, device).run(given, options, _Workspace(device), current_stream(device.index or 0))
     return [(x, info) for _, x, info in results]
 
 
@@ -70,3 +88,36 @@ def options_of(p: int, eps: float, relative_eps: float) -> _C.RootOptions:
 @functools.cache
 def _polynomials(p: int, condition: float) -> list[tuple[float, float, float, float]]:
     return [(start.condition, start.a, start.b, start.c) for start in starts(p, condition)]
+
+
+def bases(stacks: Sequence[Tensor], method: str) -> list[tuple[Tensor, BasisInfo]]:
+    """The bases of tensors [..., m, n] of fp32 on one GPU, in one sequence of launches that waits for nothing."""
+    device = stacks[0].device
+    results, given = [], []
+    for x in stacks:
+        m, n = x.shape[-2:]
+        members = x.resolve_neg().reshape(math.prod(x.shape[:-2]), m, n)
+        q = torch.empty(x.shape, dtype=x.dtype, device=device)
+        fallback = torch.zeros(x.shape[:-2], dtype=torch.bool, device=device)
+        finite = torch.ones(x.shape[:-2], dtype=torch.bool, device=device)
+        results.append((members, q, BasisInfo(fallback, finite)))
+        out = (q.data_ptr(), fallback.data_ptr(), finite.data_ptr())
+        batch, row, column = members.stride()
+        given.append((members.data_ptr(), len(members), m, n, batch, row, column, *out))
+    kernels, stream = _kernels(_C.GpuBases, device), current_stream(device.index or 0)
+    kernels.run(given, method == "householder", SHIFT, LIMIT, _Workspace(device), stream)
+    return [(q, info) for _, q, info in results]
+
+
+def update_grams(squares: Sequence[Tensor], others: Sequence[Tensor], beta: float, weight: float) -> None:
+    """L ← βL + weight·GGᵀ for L of fp32 on one GPU and G of a dtype that kernels take, in one launch.
+
+    Of each L one half is read.
+    """
+    device = squares[0].device
+    given = []
+    others = [g.resolve_neg() for g in others]
+    for square, g in zip(squares, others, strict=True):
+        for view, other in zip(views_of(square), views_of(g), strict=True):
+            given.append((view, other, g.shape[-2], g.shape[-1]))
+    _kernels(_C.GpuGrams, device).run(given, beta, weight, current_stream(device.index or 0))

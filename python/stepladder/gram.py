@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepladder import backends, products, reference
-from stepladder.newton_schulz import check_floating
+from stepladder import backends, cuda_roots, products, reference
+from stepladder.newton_schulz import KERNEL_DTYPES, check_floating
 
 # Rows of a tile on a CPU: large enough that its product runs at full speed, small enough that the tiles on the
 # diagonal, half of which are computed for nothing, are few.
@@ -80,19 +80,24 @@ def update_grams(
     squares: Sequence[Tensor], others: Sequence[Tensor], beta: float, weight: float, backend: str | None
 ) -> None:
     """Update checked matrices."""
-    together: dict[torch.device, list[int]] = {}
+    together: dict[tuple[str, torch.device], list[int]] = {}
     for index, (square, g) in enumerate(zip(squares, others, strict=True)):
         name = backends.choose(backend, square.device.type)
-        if name == "triton":
-            together.setdefault(square.device, []).append(index)
+        compiled = square.dtype == torch.float32 and g.dtype in KERNEL_DTYPES and not square.is_neg()
+        if name == "triton" or (name == "cuda" and compiled):
+            together.setdefault((name, square.device), []).append(index)
         elif name == "cpu":
             update_by_tiles(square, g.to(square.dtype), beta, weight)
         else:
             reference.update_gram_(square, g, beta, weight)
-    for indices in together.values():
-        from stepladder.triton_kernels import gram
+    for (name, _), indices in together.items():
+        chosen = [squares[i] for i in indices], [others[i] for i in indices], beta, weight
+        if name == "cuda":
+            cuda_roots.update_grams(*chosen)
+        else:
+            from stepladder.triton_kernels import gram
 
-        gram.update_grams([squares[i] for i in indices], [others[i] for i in indices], beta, weight)
+            gram.update_grams(*chosen)
 
 
 def update_by_tiles(square: Tensor, g: Tensor, beta: float, weight: float) -> None:

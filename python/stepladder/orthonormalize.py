@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepladder import backends, reference
+from stepladder import backends, cuda_roots, reference
 from stepladder.matrix_root import widened
 from stepladder.newton_schulz import check_floating
 from stepladder.parallel import over_threads
@@ -50,6 +50,10 @@ def bases(stacks: list[Tensor], method: str, backend: str | None) -> list[tuple[
     if not stacks:
         return []
     name = backends.choose(backend, stacks[0].device.type)
+    if name == "cuda" and all(x.dtype == torch.float32 for x in stacks):
+        return cuda_roots.bases(stacks, method)
+    if name == "cuda" and len(stacks) > 1:  # fp64 among them, which is left to the reference
+        return [bases([x], method, backend)[0] for x in stacks]
     if name != "cpu":
         return [reference.orthonormalize(x, method) for x in stacks]
     chosen = "householder" if method == "auto" else method

@@ -46,7 +46,7 @@ CLUSTER_KERNELS = {
     for kind, width in (("resident", 64), ("streamed", 32))
 }
 MATRIX_KERNELS = GROUPED_KERNELS | ON_CHIP_KERNELS | CLUSTER_KERNELS
-# Likewise those of inverse roots.
+# Likewise those of inverse roots, of orthonormal bases, and of Gram matrices.
 GROUPED_ROOT_KERNELS = {
     "begin_roots": 0,
     "find_top": 0,
@@ -61,7 +61,19 @@ ON_CHIP_ROOT_KERNELS = {
     f"roots_{side}_f{8 * size}": 3 * side * (side + 4) * size + 256
     for side, size in ((32, 4), (64, 4), (128, 4), (32, 8), (64, 8))
 }
-ROOT_KERNELS = GROUPED_ROOT_KERNELS | ON_CHIP_ROOT_KERNELS
+BASIS_KERNELS = {
+    "begin_bases": 0,
+    "load_bases": 0,
+    "gram_products": 81920,
+    "factor_blocks": 81920,
+    "eliminate_blocks": 81920,
+    "solve_rows": 81920,
+    "judge_bases": 0,
+    "reflect_bases": 0,
+    "write_bases": 0,
+}
+GRAM_KERNELS = {"update_grams": 0}
+ROOT_KERNELS = GROUPED_ROOT_KERNELS | ON_CHIP_ROOT_KERNELS | BASIS_KERNELS | GRAM_KERNELS
 # What a launch adds to the shared memory of a block, by the kernel's name.
 ADDED_SHARED = MATRIX_KERNELS | ROOT_KERNELS
 FLAGS = ("-std=c++17", "-O3", "-fmad=false")
@@ -272,6 +284,8 @@ def cuda_cubins(arch: str, directory: Path, wanted: str = "") -> tuple[list[Cubi
         ("newton_schulz/gpu_cluster", CLUSTER_KERNELS),
         ("matrix_root/gpu_grouped", GROUPED_ROOT_KERNELS),
         ("matrix_root/gpu_on_chip", ON_CHIP_ROOT_KERNELS),
+        ("matrix_root/gpu_bases", BASIS_KERNELS),
+        ("matrix_root/gpu_grams", GRAM_KERNELS),
     ):
         if any(wanted in name for name in names):
             jobs.append((part.replace("/", "_"), sources / f"{part}.cu", [f"-I{sources}"]))
