@@ -629,7 +629,7 @@ def marked(value: Any, name: str = "weight") -> nn.Module:
         (None, {"rules": {"*": "adam"}}, ValueError, r"rules\['\*'\]='adam' is unknown"),
         (None, {"rules": {3: "sgd"}}, TypeError, "rules must have globs as its keys, got 3"),
         (None, {"rules": ["*"]}, TypeError, r"rules must be a mapping whose keys are globs, got \['\*'\]"),
-        (None, {"split": {"*.wte": 2}}, ValueError, r"split\['\*.wte'\] decides for no parameter with an algorithm that"),
+        (None, {"split": {"*.wte": 2}}, ValueError, r"split\['\*.wte'\] decides for no parameter with an algo"),
         (GPT2(layer=Conv1D), {"split": {"*.c_attn": 5}}, ValueError, r"does not divide the 36 columns of '.*c_attn"),
         (GPT2(layer=Conv1D), {"split": {"*.c_attn": (12,)}}, ValueError, r"adds up to 12, expected the 36 columns of"),
         (GPT2(layer=Conv1D), {"split": {"*.c_attn": "3"}}, TypeError, "equal parts or the columns of each part"),
