@@ -21,13 +21,14 @@ def orthonormalize(X: Tensor, method: str = "auto", *, backend: str | None = Non
     Args:
         X: Matrices [..., m, n] with m ≥ n, of fp32, fp64, bf16 or fp16.
         method: "cholesky", shifted Cholesky-QR in three passes, all in fp64, whose failures are done over
-            by Householder reflections; "householder" for all; or "auto": "householder" on a CPU, where LAPACK's
+            by Householder reflections, in Triton's kernels by Gram and Schmidt's method with reorthogonalisation;
+            "householder" for all, which on a GPU is torch.linalg's; or "auto": "householder" on a CPU, where LAPACK's
             is faster, "cholesky" on a GPU.
         backend: "cpu", "cuda", "triton", "reference", or None to choose by the device.
 
     Returns:
         The bases, fp32, or fp64 where X is; those of matrices that are not finite are NaN. And for each matrix
-        whether it fell back to Householder reflections, and whether it is finite.
+        whether Cholesky's method failed and it was done over, and whether it is finite.
 
     Raises:
         TypeError: X is no floating-point tensor.
@@ -54,6 +55,8 @@ def bases(stacks: list[Tensor], method: str, backend: str | None) -> list[tuple[
         return cuda_roots.bases(stacks, method)
     if name == "cuda" and len(stacks) > 1:  # fp64 among them, which is left to the reference
         return [bases([x], method, backend)[0] for x in stacks]
+    if name == "triton" and method != "householder":
+        return _by_triton(stacks)
     if name != "cpu":
         return [reference.orthonormalize(x, method) for x in stacks]
     chosen = "householder" if method == "auto" else method
@@ -74,6 +77,16 @@ def bases(stacks: list[Tensor], method: str, backend: str | None) -> list[tuple[
         else reference.orthonormalize(x, chosen)
         for x, own in zip(stacks, found, strict=True)
     ]
+
+
+def _by_triton(stacks: list[Tensor]) -> list[tuple[Tensor, BasisInfo]]:
+    from stepladder.triton_kernels.orthonormalize import cholesky_bases
+
+    found: dict[int, tuple[Tensor, BasisInfo]] = {}
+    for device in {x.device for x in stacks}:
+        indices = [i for i, x in enumerate(stacks) if x.device == device]
+        found |= zip(indices, cholesky_bases([stacks[i] for i in indices]), strict=True)
+    return [found[i] for i in range(len(stacks))]
 
 
 def fresh_bases(given: Sequence[Tensor], backend: str | None) -> list[tuple[Tensor, Tensor]]:
