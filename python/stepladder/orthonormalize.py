@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,17 +48,33 @@ def orthonormalize(X: Tensor, method: str = "auto", *, backend: str | None = Non
 
 def bases(stacks: list[Tensor], method: str, backend: str | None) -> list[tuple[Tensor, BasisInfo]]:
     """The bases of checked tensors of fp32 or fp64."""
-    if not stacks:
-        return []
-    name = backends.choose(backend, stacks[0].device.type)
-    if name == "cuda" and all(x.dtype == torch.float32 for x in stacks):
-        return cuda_roots.bases(stacks, method)
-    if name == "cuda" and len(stacks) > 1:  # fp64 among them, which is left to the reference
-        return [bases([x], method, backend)[0] for x in stacks]
-    if name == "triton" and method != "householder":
-        return _by_triton(stacks)
-    if name != "cpu":
-        return [reference.orthonormalize(x, method) for x in stacks]
+    results: list[tuple[Tensor, BasisInfo] | None] = [None] * len(stacks)
+    shared: dict[tuple[str, torch.device], list[int]] = {}
+    for index, x in enumerate(stacks):
+        name = backends.choose(backend, x.device.type)
+        # What there are no kernels for: fp64 in CUDA, reflections alone in Triton.
+        if (name == "cuda" and x.dtype == torch.float64) or (name == "triton" and method == "householder"):
+            name = "reference"
+        shared.setdefault((name, x.device), []).append(index)
+    for (name, _), indices in shared.items():
+        for index, result in zip(indices, _RUN[name]([stacks[i] for i in indices], method), strict=True):
+            results[index] = result
+    return [result for result in results if result is not None]
+
+
+def _by_reference(stacks: list[Tensor], method: str) -> list[tuple[Tensor, BasisInfo]]:
+    return [reference.orthonormalize(x, method) for x in stacks]
+
+
+def _by_triton(stacks: list[Tensor], method: str) -> list[tuple[Tensor, BasisInfo]]:
+    from stepladder.triton_kernels.orthonormalize import cholesky_bases
+
+    found: list[tuple[Tensor, BasisInfo]] = cholesky_bases(stacks)
+    return found
+
+
+def _on_cpu(stacks: list[Tensor], method: str) -> list[tuple[Tensor, BasisInfo]]:
+    """Every matrix by itself, over the threads."""
     chosen = "householder" if method == "auto" else method
     members = [
         (index, one) for index, x in enumerate(stacks) for one in x.reshape(x.shape[:-2].numel(), 1, *x.shape[-2:])
@@ -79,14 +95,12 @@ def bases(stacks: list[Tensor], method: str, backend: str | None) -> list[tuple[
     ]
 
 
-def _by_triton(stacks: list[Tensor]) -> list[tuple[Tensor, BasisInfo]]:
-    from stepladder.triton_kernels.orthonormalize import cholesky_bases
-
-    found: dict[int, tuple[Tensor, BasisInfo]] = {}
-    for device in {x.device for x in stacks}:
-        indices = [i for i, x in enumerate(stacks) if x.device == device]
-        found |= zip(indices, cholesky_bases([stacks[i] for i in indices]), strict=True)
-    return [found[i] for i in range(len(stacks))]
+_RUN: dict[str, Callable[[list[Tensor], str], list[tuple[Tensor, BasisInfo]]]] = {
+    "reference": _by_reference,
+    "cpu": _on_cpu,
+    "cuda": cuda_roots.bases,
+    "triton": _by_triton,
+}
 
 
 def fresh_bases(given: Sequence[Tensor], backend: str | None) -> list[tuple[Tensor, Tensor]]:
