@@ -15,8 +15,11 @@ import stepladder as sl
 from stepladder import backends
 
 ALL = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "SignSGD", "Lion", "LARS", "LAMB")
-WITH_BETAS = ("Adam", "AdamW", "Lion", "LAMB")
-WITH_EPS = ("Adagrad", "RMSprop", "Adam", "AdamW", "LARS", "LAMB")
+# Those that refuse stochastic rounding are not among them.
+PRECONDITIONED = ("Shampoo", "SOAP")
+EVERY = (*ALL, *PRECONDITIONED)
+WITH_BETAS = ("Adam", "AdamW", "Lion", "LAMB", *PRECONDITIONED)
+WITH_EPS = ("Adagrad", "RMSprop", "Adam", "AdamW", "LARS", "LAMB", *PRECONDITIONED)
 WITH_MOMENTUM = ("SGD", "RMSprop", "SignSGD", "LARS")
 
 
@@ -27,16 +30,21 @@ def parameters() -> list[torch.nn.Parameter]:
 # Optimizers, arguments, what is raised, and what it says.
 Row = tuple[tuple[str, ...], dict[str, Any], type[Exception], str]
 HYPER_PARAMETERS: tuple[Row, ...] = (
-    (ALL, {"lr": -0.1}, ValueError, r"Invalid learning rate: -0.1 \(lr must be in \[0, inf\)\)"),
-    (ALL, {"lr": math.nan}, ValueError, r"Invalid learning rate: nan"),
-    (ALL, {"lr": math.inf}, ValueError, r"Invalid learning rate: inf"),
-    (ALL, {"lr": torch.ones(2)}, ValueError, r"Tensor lr must be 1-element, got shape \(2,\)"),
-    (ALL, {"lr": torch.tensor(-2.0)}, ValueError, r"Invalid learning rate: -2.0"),
-    (ALL, {"lr": "fast"}, TypeError, r"lr must be a number or a 1-element tensor, got 'fast'"),
-    (ALL, {"lr": None}, TypeError, r"lr must be a number or a 1-element tensor, got None"),
-    (ALL, {"lr": True}, TypeError, r"lr must be a number or a 1-element tensor, got True"),
-    (ALL, {"weight_decay": -1}, ValueError, r"Invalid weight_decay value: -1.0 \(weight_decay must be in \[0, inf\)\)"),
-    (ALL, {"weight_decay": [0.1]}, TypeError, r"weight_decay must be a number .*got \[0.1\]"),
+    (EVERY, {"lr": -0.1}, ValueError, r"Invalid learning rate: -0.1 \(lr must be in \[0, inf\)\)"),
+    (EVERY, {"lr": math.nan}, ValueError, r"Invalid learning rate: nan"),
+    (EVERY, {"lr": math.inf}, ValueError, r"Invalid learning rate: inf"),
+    (EVERY, {"lr": torch.ones(2)}, ValueError, r"Tensor lr must be 1-element, got shape \(2,\)"),
+    (EVERY, {"lr": torch.tensor(-2.0)}, ValueError, r"Invalid learning rate: -2.0"),
+    (EVERY, {"lr": "fast"}, TypeError, r"lr must be a number or a 1-element tensor, got 'fast'"),
+    (EVERY, {"lr": None}, TypeError, r"lr must be a number or a 1-element tensor, got None"),
+    (EVERY, {"lr": True}, TypeError, r"lr must be a number or a 1-element tensor, got True"),
+    (
+        EVERY,
+        {"weight_decay": -1},
+        ValueError,
+        r"Invalid weight_decay value: -1.0 \(weight_decay must be in \[0, inf\)\)",
+    ),
+    (EVERY, {"weight_decay": [0.1]}, TypeError, r"weight_decay must be a number .*got \[0.1\]"),
     (WITH_EPS, {"eps": -1e-8}, ValueError, r"Invalid epsilon value: -1e-08 \(eps must be in \[0, inf\)\)"),
     (WITH_EPS, {"eps": math.nan}, ValueError, r"Invalid epsilon value: nan"),
     (
@@ -72,31 +80,36 @@ HYPER_PARAMETERS: tuple[Row, ...] = (
     (("SignSGD",), {"momentum": 1.0}, ValueError, r"Invalid momentum value: 1.0 \(momentum must be in \[0, 1"),
     (("LARS",), {"trust_coefficient": -1e-3}, ValueError, r"Invalid trust_coefficient value: -0.001"),
     (
-        ALL,
+        EVERY,
         {"differentiable": True},
         RuntimeError,
         r"differentiable=True is not supported: the step runs outside autograd",
     ),
-    (ALL, {"foreach": True, "fused": True}, RuntimeError, r"`fused` and `foreach` cannot be `True` together"),
+    (EVERY, {"foreach": True, "fused": True}, RuntimeError, r"`fused` and `foreach` cannot be `True` together"),
     (
-        ALL,
+        EVERY,
         {"state_dtype": torch.float16},
         ValueError,
         r"state_dtype=torch.float16 is unknown, expected None or torch.float32",
     ),
-    (ALL, {"state_dtype": "fp32"}, ValueError, r"state_dtype=.*fp32.* is unknown"),
+    (EVERY, {"state_dtype": "fp32"}, ValueError, r"state_dtype=.*fp32.* is unknown"),
     (ALL, {"seed": -1, "stochastic_rounding": True}, ValueError, r"seed=-1 is out of range, expected an integer in"),
     (ALL, {"seed": 2**64, "stochastic_rounding": True}, ValueError, r"seed=18446744073709551616 is out of range"),
     (ALL, {"seed": 1.5, "stochastic_rounding": True}, ValueError, r"seed=1.5 is out of range"),
 )
 # What only the constructor takes.
 ARGUMENTS: tuple[Row, ...] = (
-    (ALL, {"max_norm": 0}, ValueError, r"max_norm=0 is out of range, expected None or a finite number above 0"),
-    (ALL, {"max_norm": -1.0}, ValueError, r"max_norm=-1.0 is out of range"),
-    (ALL, {"max_norm": math.inf}, ValueError, r"max_norm=inf is out of range"),
-    (ALL, {"max_norm": math.nan}, ValueError, r"max_norm=nan is out of range"),
-    (ALL, {"backend": "gpu"}, ValueError, r"backend='gpu' is unknown, expected None or one of 'cuda', 'triton', 'cpu'"),
-    (ALL, {"lerning_rate": 1.0}, TypeError, r"got unexpected keyword arguments \['lerning_rate'\]"),
+    (EVERY, {"max_norm": 0}, ValueError, r"max_norm=0 is out of range, expected None or a finite number above 0"),
+    (EVERY, {"max_norm": -1.0}, ValueError, r"max_norm=-1.0 is out of range"),
+    (EVERY, {"max_norm": math.inf}, ValueError, r"max_norm=inf is out of range"),
+    (EVERY, {"max_norm": math.nan}, ValueError, r"max_norm=nan is out of range"),
+    (
+        EVERY,
+        {"backend": "gpu"},
+        ValueError,
+        r"backend='gpu' is unknown, expected None or one of 'cuda', 'triton', 'cpu'",
+    ),
+    (EVERY, {"lerning_rate": 1.0}, TypeError, r"got unexpected keyword arguments \['lerning_rate'\]"),
 )
 
 
@@ -131,7 +144,7 @@ def test_groups(name: str, arguments: dict[str, Any], error: type[Exception], me
     assert_unchanged(before, snapshot(optimizer))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_what_torchs_base_class_refuses(name: str):
     cls = getattr(sl, name)
     p = torch.nn.Parameter(torch.ones(3))
@@ -152,7 +165,7 @@ def test_what_torchs_base_class_refuses(name: str):
 
 def test_a_required_lr_is_nobodys():
     # As torch: every optimizer has a default for everything but the parameters.
-    for name in ALL:
+    for name in EVERY:
         getattr(sl, name)(parameters())
         with pytest.raises(TypeError, match="params"):
             getattr(sl, name)()
@@ -295,10 +308,10 @@ TENSORS_WITH_GRAD_DTYPE = (
     ("make", "error", "message"),
     [*map(named, TENSORS), *(named(row, has_grad_dtype) for row in TENSORS_WITH_GRAD_DTYPE)],
 )
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion", "Shampoo"])
 def test_tensors(name: str, make: Callable[[], Tensor], error: type[Exception], message: str, backend: str | None):
-    if make is conjugated_parameter and name == "Lion":
-        message = r"parameter 1 has dtype torch.complex64, Lion takes"
+    if make is conjugated_parameter and name in ("Lion", "Shampoo"):
+        message = r"parameter 1 has dtype torch.complex64, {name} takes"
     sound = with_grad(torch.nn.Parameter(torch.ones(3)), torch.ones(3))
     optimizer = getattr(sl, name)([sound, make()], backend=backend)
     for _ in range(2):
@@ -320,7 +333,7 @@ def test_a_refused_parameter_is_called_by_its_name():
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["SignSGD", "Lion", "LARS", "LAMB"])
+@pytest.mark.parametrize("name", ["SignSGD", "Lion", "LARS", "LAMB", *PRECONDITIONED])
 def test_complex_parameters_where_signs_or_norms_are_taken(name: str):
     p = with_grad(leaf(torch.ones(3, dtype=torch.complex64)), torch.ones(3, dtype=torch.complex64))
     optimizer = getattr(sl, name)([p])

@@ -274,7 +274,7 @@ class _Router:
         for argument, globs in (("rules", self.rules), ("split", self.split)):
             for glob in globs:
                 if f"{argument}[{glob!r}]" not in self.used:
-                    what = "parameter" if argument == "rules" else "parameter with an algorithm that splits matrices"
+                    what = "parameter" + " with an algorithm of matrices that it could split" * (argument == "split")
                     names = ", ".join(repr(member.places[0].name) for member in self.architecture.members[:3])
                     raise ValueError(f"{argument}[{glob!r}] decides for no {what}; the model has {names} …")
 

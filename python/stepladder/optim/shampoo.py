@@ -160,8 +160,9 @@ class Shampoo(Preconditioned):
     def check(cls, group: Group) -> None:
         cls.check_common(group)
         betas = group["betas"]
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         # β₂ = 1 sums.
-        summed = isinstance(betas, (tuple, list)) and len(betas) == 2 and betas[1] == 1.0
+        summed = pair and checks.number({"betas": betas[1]}, "betas") == 1.0
         checks.betas({"betas": (betas[0], 0.0)} if summed else group)
         checks.epsilon(group)
         checks.at_least_zero(group, "relative_eps", "relative epsilon")

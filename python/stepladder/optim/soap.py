@@ -349,7 +349,8 @@ class Work:
             state["failed_bases"] += (~good).float()
             values = self.eigenvalues[dim]
             if values is not None:
-                exact = torch.linalg.vecdot(new, mm(factor, new), dim=0)
+                # By rows: small products by columns depend on where in memory a factor lies, which packing changes.
+                exact = torch.linalg.vecdot(new, mm(factor, new.contiguous()), dim=0)
                 values.copy_(torch.where(good, exact, values))
             bases[dim] = new
         m = project(project(m, self.bases, transposed=False), bases, transposed=True)
