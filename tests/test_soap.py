@@ -309,13 +309,13 @@ def test_a_basis_that_cannot_be_refreshed_stays_and_is_counted(backend: str):
 @pytest.mark.parametrize("f", [2, 4, 7])
 def test_staggered_refreshes_are_spread(f: int, monkeypatch: pytest.MonkeyPatch):
     done: list[list[int]] = []
-    fresh_basis = module.fresh_basis
+    fresh_bases = module.fresh_bases
 
-    def recorded(x: Tensor, backend: Any) -> Any:
-        done[-1].append(len(x))
-        return fresh_basis(x, backend)
+    def recorded(given: list[Tensor], backend: Any) -> Any:
+        done[-1] += map(len, given)
+        return fresh_bases(given, backend)
 
-    monkeypatch.setattr(module, "fresh_basis", recorded)
+    monkeypatch.setattr(module, "fresh_bases", recorded)
     params = [copy_of(x) for x in normal([(8, 8), (5, 9), (3,), (8, 2), *((6, 6),) * 8], torch.float32, 0)]
     optimizer = sl.SOAP(params, precondition_frequency=f, stagger=True)
     for t in range(3 * f + 1):
@@ -333,9 +333,9 @@ def test_staggered_refreshes_are_spread(f: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_tolerance_spares_refreshes(monkeypatch: pytest.MonkeyPatch):
-    done = []
-    fresh_basis = module.fresh_basis
-    monkeypatch.setattr(module, "fresh_basis", lambda *args: done.append(1) or fresh_basis(*args))
+    done: list[Tensor] = []
+    fresh_bases = module.fresh_bases
+    monkeypatch.setattr(module, "fresh_bases", lambda given, backend: done.extend(given) or fresh_bases(given, backend))
     counts = {}
     for tolerance in (0.0, 0.05, 1.0):
         p = copy_of(normal([(6, 6)], DOUBLE, 0)[0])
