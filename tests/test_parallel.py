@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import stepladder as sl
 from stepladder.parallel import over_threads
 
 
@@ -60,6 +61,24 @@ def test_calls_within_calls():
         return over_threads(lambda y: x + y, range(5), [1] * 5)
 
     assert over_threads(outer, range(8), [1] * 8) == [[x + y for y in range(5)] for x in range(8)]
+
+
+@pytest.mark.parametrize("cls", [sl.Shampoo, sl.SOAP])
+def test_optimizers_that_step_within_calls(cls: Any):
+    torch.set_num_threads(2)
+
+    def train(seed: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        params = [torch.nn.Parameter(torch.randn(6, 5, generator=generator, dtype=torch.float64)) for _ in range(3)]
+        optimizer = cls(params, lr=0.1, precondition_frequency=2)
+        for _ in range(5):
+            for p in params:
+                p.grad = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    for seed, found in enumerate(over_threads(train, range(4), [1] * 4)):
+        torch.testing.assert_close(found, train(seed))
 
 
 def test_threads_that_are_yet_to_come_have_what_torch_gives_them():
