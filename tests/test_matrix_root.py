@@ -218,6 +218,18 @@ def test_absolute_damping_of_tiny_matrices():
             torch.testing.assert_close(x, 1e3**-0.5 * torch.eye(2))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_root_that_is_too_large_has_failed(method: str):
+    a = torch.stack([1e-39 * torch.eye(2), torch.eye(2)])
+    for run in (sl.ops.inverse_root, sl.reference.inverse_root):
+        x, info = run(a, 1, method=method)
+        assert info.status.tolist() == [RootStatus.FAILED, RootStatus.CONVERGED]
+        assert info.status.dtype == torch.int8
+        assert x[0].isnan().all()
+        assert info.residual[0].isnan()
+        torch.testing.assert_close(x[1], torch.eye(2))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS)

@@ -22,6 +22,7 @@ from stepladder.reference.matrix_root import (
     newton_roots,
     noise_of,
     residuals,
+    without_overflow,
 )
 
 # How far from symmetric a matrix may be, in units of epsilon times its largest element: of the arithmetic's, for sums
@@ -183,7 +184,7 @@ def roots(
     for (key, _), indices in shared.items():
         run = _RUN[key]
         for index, result in zip(indices, run([stacks[i] for i in indices], p, eps, relative_eps), strict=True):
-            results[index] = result
+            results[index] = without_overflow(*result)
     return [result for result in results if result is not None]
 
 

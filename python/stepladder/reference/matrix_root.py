@@ -40,7 +40,7 @@ class RootStatus(IntEnum):
     Attributes:
         CONVERGED: As near as the arithmetic allows.
         STALLED: The iteration ended early; the result is the nearest that there was.
-        FAILED: The damped matrix is not positive definite; the result is NaN.
+        FAILED: The damped matrix is not positive definite, or its root too large for the dtype; the result is NaN.
         NON_FINITE: The matrix has an infinite or NaN element; the result is NaN.
     """
 
@@ -89,8 +89,16 @@ def inverse_root(
         x, info = newton_roots(stack, p, eps, relative_eps)
     else:
         x, info = eigh_roots(stack, p, eps, relative_eps, noise_of(A.dtype))
+    x, info = without_overflow(x, info)
     info = info._replace(residual=residuals(x, damped(stack, eps, relative_eps, method), p, info.status))
     return x.reshape(A.shape), RootInfo(*(value.reshape(A.shape[:-2]) for value in info))
+
+
+def without_overflow(x: Tensor, info: RootInfo) -> tuple[Tensor, RootInfo]:
+    """Roots of which those with an infinite element have failed. x: [B, n, n]"""
+    failed = (info.status < RootStatus.FAILED) & ~x.isfinite().all(-1).all(-1)
+    status = torch.where(failed, int(RootStatus.FAILED), info.status)
+    return torch.where(failed[:, None, None], math.nan, x), info._replace(status=status)
 
 
 def noise_of(dtype: torch.dtype) -> float:
