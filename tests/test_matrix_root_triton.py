@@ -197,6 +197,17 @@ def test_relative_damping(module, way: str):
         assert error(root, exact_root(a, p, 1e-3 * top)) <= ALLOWED[1e4]
 
 
+def test_stalled(module, monkeypatch, way: str):
+    """Where nothing is near enough, the nearest is kept while the iteration goes on, and is as exact as fp64 has it."""
+    monkeypatch.setattr(module, "NEAR_IDENTITY", 0.0)
+    monkeypatch.setattr(module, "_MOST", {module.FAST: 2, module.WIDE: 8})
+    a = with_spectrum(spectrum("linear", 12, 100.0))
+    ((x, info),) = module.inverse_roots([a[None]], 2, 0.0, 0.0)
+    assert info.status.tolist() == [RootStatus.STALLED]
+    assert (info.status.dtype, info.iterations.dtype) == (torch.int8, torch.int32)
+    assert error(x[0], exact_root(a, 2)) <= 2.0**-24
+
+
 def test_sizes(module, way: str):
     """Tiles that are cut off, several of them a side, batches of all sizes, and nothing at all."""
     sizes = (1, 2, 15, 16, 17, 32, 40) if way == "on chip" else (1, 8, 17)
