@@ -85,7 +85,7 @@ def elements_kernel(function: Any, attempt: int = FAST) -> Kernel:
 
 
 def vector_kernel() -> Kernel:
-    return _kernel(root_elements.multiply_vector, "multiply_vector", TILE=TILE, DEPTH=DEPTH)
+    return _kernel(root_elements.multiply_vector, "multiply_vector", 8, TILE=TILE, DEPTH=DEPTH)
 
 
 def record_kernel(function: Any) -> Kernel:
