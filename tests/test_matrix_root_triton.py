@@ -137,7 +137,7 @@ def members() -> tuple[Tensor, list[int], list[int]]:
     infinite, nan = ordinary.clone(), ordinary.clone()
     infinite[3, 3] = math.inf
     # Of the triangle that nothing else reads.
-    nan[2, 7] = math.nan
+    nan[2, 10] = math.nan
     rows = [
         (ordinary, CONVERGED, CONVERGED),
         (torch.zeros(n, n), FAILED, CONVERGED),
@@ -155,6 +155,8 @@ def members() -> tuple[Tensor, list[int], list[int]]:
 @pytest.mark.parametrize(("p", "eps", "way"), [(4, 0.0, "on chip"), (1, 1e-3, "grouped")], indirect=["way"])
 def test_members(module, monkeypatch, way: str, p: int, eps: float):
     """What one matrix is concerns no other, and no launch."""
+    if way == "grouped":
+        set_tile(module, monkeypatch, 8)
     stack, undamped, damped = members()
     launched: list[str] = []
     launch = module.newton_schulz.Kernel.launch
@@ -195,6 +197,17 @@ def test_relative_damping(module, way: str):
     for a, root in zip(stack[:2], x, strict=False):
         top = float(torch.linalg.eigvalsh(a.double())[-1])
         assert error(root, exact_root(a, p, 1e-3 * top)) <= ALLOWED[1e4]
+
+
+def test_stalled(module, monkeypatch, way: str):
+    """Where nothing is near enough, the nearest is kept while the iteration goes on, and is as exact as fp64 has it."""
+    monkeypatch.setattr(module, "NEAR_IDENTITY", 0.0)
+    monkeypatch.setattr(module, "_MOST", {module.FAST: 2, module.WIDE: 8})
+    a = with_spectrum(spectrum("linear", 12, 100.0))
+    ((x, info),) = module.inverse_roots([a[None]], 2, 0.0, 0.0)
+    assert info.status.tolist() == [RootStatus.STALLED]
+    assert (info.status.dtype, info.iterations.dtype) == (torch.int8, torch.int32)
+    assert error(x[0], exact_root(a, 2)) <= 2.0**-24
 
 
 def test_sizes(module, way: str):

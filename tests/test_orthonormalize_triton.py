@@ -37,6 +37,16 @@ def module():
     return orthonormalize
 
 
+@pytest.fixture
+def small(module, monkeypatch):
+    """Blocks so small that most matrices take several."""
+    import triton.language as tl
+
+    monkeypatch.setattr(module.table, "BLOCK", tl.constexpr(8))
+    for name, value in (("BLOCK", 8), ("TALL", 8), ("TILE", 16), ("SPAN", 16)):
+        monkeypatch.setattr(module, name, value)
+
+
 def conditioned(m: int, n: int, condition: float) -> Tensor:
     """With singular values from 1 down to 1/condition, in fp64."""
     left, _ = torch.linalg.qr(torch.randn(m, n, dtype=torch.float64))
@@ -62,14 +72,13 @@ def check(x: Tensor, q: Tensor) -> None:
     assert (wide @ triangular - x.double()).norm() <= (3.0 * rounding + own) * x.double().norm()
 
 
+SHAPES = ((40, 33, torch.float32), (20, 20, torch.float64), (9, 3, torch.float32))
+
+
 @pytest.mark.parametrize("condition", [1e2, 1e5, 1e8])
 def test_conditions(module, condition: float):
     """Of square and tall matrices, of one block and of several, in both dtypes: no fallback is needed."""
-    given = [
-        conditioned(40, 33, condition).float(),
-        conditioned(20, 20, condition),
-        conditioned(9, 3, condition).float(),
-    ]
+    given = [conditioned(m, n, condition).to(dtype) for m, n, dtype in SHAPES]
     kept = [x.clone() for x in given]
     for x, before, (q, info) in zip(given, kept, module.cholesky_bases(given), strict=True):
         assert torch.equal(x, before)
@@ -94,7 +103,7 @@ def members() -> Tensor:
     return torch.stack([row.float() for row in rows])
 
 
-def test_members(module):
+def test_members(module, small):
     """What one matrix is concerns no other."""
     stack = members()
     ((q, info),) = module.cholesky_bases([stack])
@@ -113,10 +122,9 @@ def test_members(module):
     assert torch.equal(q[chosen], alone)
 
 
-def test_what_is_done_over(module, monkeypatch):
+def test_what_is_done_over(module, monkeypatch, small):
     """All of them, whether they need it or not: dependent columns and zeros give way to whatever is orthogonal."""
     monkeypatch.setattr(module, "LIMIT", -1.0)
-    monkeypatch.setattr(module, "SPAN", 16)
     low = torch.randn(18, 3) @ torch.randn(3, 12)
     gaps = torch.randn(18, 12)
     gaps[:, ::3] = 0.0
@@ -127,7 +135,7 @@ def test_what_is_done_over(module, monkeypatch):
         check(x, q)
 
 
-def test_layouts(module):
+def test_layouts(module, small):
     """Any strides and batches, and nothing at all; bases are contiguous."""
     base = torch.randn(40, 30)
     given = [base[:9, :7], base.mT[:12, :5], base[::4, ::6], torch._neg_view(torch.randn(6, 6))]
@@ -145,7 +153,7 @@ def test_layouts(module):
     assert module.cholesky_bases([]) == []
 
 
-def test_groups(module, monkeypatch):
+def test_groups(module, monkeypatch, small):
     """Matrices whose workspace does not fit take turns."""
     given = [torch.randn(2, 6, 4), torch.randn(9, 9)]
     together = module.cholesky_bases(given)

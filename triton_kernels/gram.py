@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepladder.triton_kernels import gram_products, newton_schulz
 from stepladder.triton_kernels.newton_schulz import BY, INTERPRETED
+from stepladder.triton_kernels.upload import together
 
 WORDS = gram_products.WORDS.value
 # Of L's dtype and G's. Products of fp32 are three of tf32, those of half types exact.
@@ -93,11 +94,8 @@ def _launch(
     sides = -(-words[:, gram_products.ROWS.value] // tile)
     lists = {side: _lower(side) for side in {*sides.tolist()}}
     tiles = np.concatenate([index << 32 | lists[side] for index, side in enumerate(sides.tolist())])
-    parts = [words.reshape(-1), tiles, np.array([beta, weight]).view(np.int64)]
-    host = np.concatenate(parts)
-    memory = torch.empty(len(host), dtype=torch.int64, device=device)
-    newton_schulz._upload(host, memory)
-    table, tile_list, scalars = memory.split([len(part) for part in parts])
+    copies, _ = together([words.reshape(-1), tiles, np.array([beta, weight])], 0, device)
+    table, tile_list, scalars = copies
     chosen.launch(len(tiles), table, tile_list, scalars.view(torch.float64), len(words))
 
 

@@ -30,6 +30,7 @@ from stepladder.reference.matrix_root import (
 from stepladder.root_starts import starts
 from stepladder.triton_kernels import newton_schulz, root_elements, root_on_chip, root_products, root_records
 from stepladder.triton_kernels import root_table as table
+from stepladder.triton_kernels.upload import together
 
 WORDS = table.WORDS.value
 FAST, WIDE = table.FAST.value, table.WIDE.value
@@ -84,7 +85,7 @@ def elements_kernel(function: Any, attempt: int = FAST) -> Kernel:
 
 
 def vector_kernel() -> Kernel:
-    return _kernel(root_elements.multiply_vector, "multiply_vector", TILE=TILE, DEPTH=DEPTH)
+    return _kernel(root_elements.multiply_vector, "multiply_vector", 8, TILE=TILE, DEPTH=DEPTH)
 
 
 def record_kernel(function: Any) -> Kernel:
@@ -282,19 +283,14 @@ class Launches:
     def _allocate(self, schedules: dict[int, list[tuple[float, ...]]], damping: tuple[float, float]) -> None:
         """One piece of memory; the table is copied there behind the host's back."""
         reals = np.array([number for rows in schedules.values() for row in rows for number in row])
-        parts = [self.words.reshape(-1), self._tiles, self._rows, self._number_gates(schedules), reals.view(np.int64),
-                 np.array(damping).view(np.int64)]  # fmt: skip
-        host = np.concatenate(parts)
-        sums = max(len(self._tiles), 2 * len(self._rows))
-        before = _ceil(len(host) + sums, 64) * 64
-        memory = torch.empty(before + self._doubles, dtype=torch.int64, device=self.device)
-        newton_schulz._upload(host, memory[: len(host)])
-        lengths = [*map(len, parts), sums]
-        self.table, self.tiles, self.rows, self.counters, starts, damped, sums_memory = (
-            memory[end - length : end] for end, length in zip(np.cumsum(lengths).tolist(), lengths, strict=True)
-        )
-        self.starts, self.damping, self.sums = (part.view(torch.float64) for part in (starts, damped, sums_memory))
-        buffers = memory[before:]
+        gates = self._number_gates(schedules)
+        # Behind the buffers, what is summed by tiles, or in turn in two vectors by rows.
+        room = self._doubles + max(len(self._tiles), 2 * len(self._rows))
+        parts = [self.words.reshape(-1), self._tiles, self._rows, gates, reals, np.array(damping)]
+        copies, memory = together(parts, room, self.device)
+        self.table, self.tiles, self.rows, self.counters, starts, damped = copies
+        self.starts, self.damping = starts.view(torch.float64), damped.view(torch.float64)
+        buffers, self.sums = memory[: self._doubles], memory[self._doubles :].view(torch.float64)
         self.workspaces = {FAST: buffers.view(torch.float32), WIDE: buffers.view(torch.float64)}
 
     def _number_gates(self, schedules: dict[int, list[tuple[float, ...]]]) -> np.ndarray[Any, np.dtype[np.int64]]:

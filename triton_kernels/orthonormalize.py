@@ -18,6 +18,7 @@ from torch import Tensor
 from stepladder.reference.orthonormalize import LIMIT, SHIFT, BasisInfo
 from stepladder.triton_kernels import cholesky_qr as table
 from stepladder.triton_kernels import newton_schulz
+from stepladder.triton_kernels.upload import together
 
 WORDS = table.WORDS.value
 BLOCK = table.BLOCK.value
@@ -185,17 +186,11 @@ def _run(words: np.ndarray[Any, Any], dtype: torch.dtype, device: torch.device) 
         number(table.FIRST_LOWER, table.LOWERS, triangles),
         number(table.FIRST_BAND, table.BANDS, [np.arange(d) << 16 for d in down]),
     ]
-    parts = [words.reshape(-1), *lists]
-    host = np.concatenate(parts)
-    sums_length = max(len(lists[0]), len(lists[1]))
     last = words[-1]
     end = int(last[table.WIDE.value]) + sum(_room(int(last[table.ROWS.value]), int(last[table.COLUMNS.value])))
-    before = _ceil(len(host) + sums_length, 64) * 64
-    memory = torch.empty(before + 64 * end, dtype=torch.int64, device=device)
-    newton_schulz._upload(host, memory[: len(host)])
-    matrices, tiles, lowers, bands = memory[: len(host)].split([len(part) for part in parts])
-    sums = memory[len(host) : len(host) + sums_length].view(torch.float64)
-    workspace = memory[before:].view(torch.float64)
+    copies, memory = together([words.reshape(-1), *lists], 64 * end + max(len(lists[0]), len(lists[1])), device)
+    matrices, tiles, lowers, bands = copies
+    workspace, sums = memory.view(torch.float64)[: 64 * end], memory.view(torch.float64)[64 * end :]
 
     _typed(table.measure, dtype).launch(len(tiles), matrices, tiles, sums)
     settle_kernel().launch(len(words), matrices, sums)

@@ -31,6 +31,7 @@ from stepladder.triton_kernels.root_table import (
     buffer,
     diagonal,
     find,
+    next_x,
     number,
     offsets,
     put_both,
@@ -41,13 +42,6 @@ from stepladder.triton_kernels.root_table import (
 # What a launch multiplies: D by itself; a normalised power of D by itself, for the largest eigenvalue; M by itself,
 # for T; X by T, and T by itself or, for p = 1, by M; T² by itself; the power of T by M.
 SQUARE, REDUCE, QUADRATIC, STEP, POWER, LAST = (tl.constexpr(code) for code in range(6))
-
-
-@triton.jit
-def next_x(matrix):
-    """A buffer that holds neither X nor the nearest."""
-    x, nearest = word(matrix, X), word(matrix, NEAREST)
-    return tl.where(x == nearest, (x + 1) % 3, 3 - x - nearest)
 
 
 @triton.jit
@@ -80,7 +74,8 @@ def operands(matrix, role, part, slot, p):
     elif role == STEP:
         left = tl.where(part == 0, FIRST_X + word(matrix, X), (m + 1) & 3)
         right = tl.where((part == 0) | (p != 1), (m + 1) & 3, m)
-        to = tl.where(part == 0, FIRST_X + next_x(matrix), tl.where(p == 2, (m + 3) & 3, (m + 2) & 3))
+        x = FIRST_X + next_x(word(matrix, X), word(matrix, NEAREST))
+        to = tl.where(part == 0, x, tl.where(p == 2, (m + 3) & 3, (m + 2) & 3))
     elif role == POWER:
         left, right, to = (m + 2) & 3, (m + 2) & 3, (m + 3) & 3
     elif role == LAST:

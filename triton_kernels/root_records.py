@@ -41,6 +41,7 @@ from stepladder.triton_kernels.root_table import (
     M,
     X,
     fold,
+    next_x,
     number,
     set_number,
     set_word,
@@ -183,8 +184,7 @@ def decide(
         steps, best = word(matrix, STEPS), number(matrix, BEST)
         distance = tl.sqrt(fold(sums + word(matrix, FIRST_TILE), word(matrix, TILES)))
         tl.debug_barrier()
-        following = tl.where(x == nearest, (x + 1) % 3, 3 - x - nearest)
-        x = tl.where(fresh != 0, x, following)
+        x = tl.where(fresh != 0, x, next_x(x, nearest))
         if phase == ENDING:
             nearest = x
             after = phase * 0 + IDLE

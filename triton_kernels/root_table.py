@@ -98,6 +98,12 @@ def buffer(matrix, workspace, i):
 
 
 @triton.jit
+def next_x(x, nearest):
+    """The buffer after X's that holds neither X nor the nearest."""
+    return tl.where(x == nearest, (x + 1) % 3, 3 - x - nearest)
+
+
+@triton.jit
 def offsets(row, column, stride):
     """Of a tile's elements from its first one, in 32 bits."""
     return row[:, None] * stride.to(tl.int32) + column[None, :]
