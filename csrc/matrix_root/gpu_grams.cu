@@ -119,7 +119,7 @@ SL_DEVICE void update_tile(const GramLaunch& launch, const GramRecord& matrix, c
 }
 
 SL_KERNEL_OF_TWO(kThreads)
-update_grams(SL_ARGUMENTS(GramLaunch) launch) {
+average_grams(SL_ARGUMENTS(GramLaunch) launch) {
   SL_SHARED(Memory, memory);
   for (int64_t unit = blockIdx.x; unit < launch.work; unit += gridDim.x) {
     const int64_t i = find_matrix(launch, unit);
@@ -137,7 +137,7 @@ update_grams(SL_ARGUMENTS(GramLaunch) launch) {
 }  // namespace
 
 const gpu::Kernel& gram_kernel() {
-  static const gpu::Kernel kernel = gpu::kernel("update_grams", kThreads, update_grams);
+  static const gpu::Kernel kernel = gpu::kernel("average_grams", kThreads, average_grams);
   return kernel;
 }
 

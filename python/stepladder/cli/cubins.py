@@ -72,7 +72,7 @@ BASIS_KERNELS = {
     "reflect_bases": 0,
     "write_bases": 0,
 }
-GRAM_KERNELS = {"update_grams": 0}
+GRAM_KERNELS = {"average_grams": 0}
 ROOT_KERNELS = GROUPED_ROOT_KERNELS | ON_CHIP_ROOT_KERNELS | BASIS_KERNELS | GRAM_KERNELS
 # What a launch adds to the shared memory of a block, by the kernel's name.
 ADDED_SHARED = MATRIX_KERNELS | ROOT_KERNELS
