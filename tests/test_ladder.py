@@ -333,7 +333,7 @@ def invoke(*arguments):
 
 
 TINY = ("--preset", "essay", "--optimizer", "muon", "--optimizer", "sgd", "--seeds", 2, "--steps", 12)
-TINY += ("--rates", "0.1,0.01,1e200", "--jobs", 1)
+TINY += ("--rates", "0.1,0.01,1e30", "--jobs", 1)
 
 
 def test_command(tmp_path):
@@ -347,6 +347,7 @@ def test_command(tmp_path):
     value = json.loads(a.read_text())
     assert value["complete"] is True
     assert value["machine"]["threads"] == 1
+    assert "sgd: 0.1, final 0." in result.stderr
     assert value["settings"] == {
         "preset": "essay",
         "steps": 12,
@@ -358,9 +359,9 @@ def test_command(tmp_path):
     }
     sgd, muon = value["optimizers"]
     assert (sgd["name"], muon["name"]) == ("sgd", "muon")
-    assert sgd["rates"] == [0.01, 0.1, 1e200]
+    assert sgd["rates"] == [0.01, 0.1, 1e30]
     assert sgd["best_rate"] == 0.1
-    assert [(run["rate"], run["seed"]) for run in sgd["runs"]] == [(r, s) for r in (0.01, 0.1, 1e200) for s in (0, 1)]
+    assert [(run["rate"], run["seed"]) for run in sgd["runs"]] == [(r, s) for r in (0.01, 0.1, 1e30) for s in (0, 1)]
     assert [run["final"] is None for run in sgd["runs"]] == [False] * 4 + [True] * 2
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
     text = page.read_text()
@@ -406,9 +407,10 @@ def test_essay_races_the_essays_optimizers(monkeypatch):
         (("--steps", 9), "9 is not in the range x>=10"),
         (("--seeds", 0), "0 is not in the range x>=1"),
         (("--jobs", 0), "0 is not in the range x>=1"),
-        (("--rates", "0.1,fast"), "'fast' is no learning rate, expected finite numbers above 0"),
+        (("--rates", "0.1,fast"), "'fast' is no learning rate, expected numbers above 0 and at most 1e+30"),
         (("--rates", "0.1,-1"), "'-1' is no learning rate"),
         (("--rates", "inf"), "'inf' is no learning rate"),
+        (("--rates", "1e31"), "'1e31' is no learning rate"),
         (("--rates", "0.1,"), "'' is no learning rate"),
         (("--json", "{tmp}/none/file.json"), "cannot be written: No such file or directory"),
         (("--json", "{tmp}/text/file.json"), "cannot be written: Not a directory"),

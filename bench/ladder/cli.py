@@ -24,11 +24,13 @@ from stepladder.bench import report
 from stepladder.bench.ladder import pictures
 from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS
 from stepladder.bench.ladder.experiment import TARGET
-from stepladder.bench.ladder.race import Results, as_json, from_json, start
+from stepladder.bench.ladder.race import Results, Standing, as_json, from_json, start
 from stepladder.bench.ladder.workers import run_all
 
 # Of a table that is not shown in a terminal, in characters.
 WIDTH = 120
+# Products with larger ones may not be numbers of fp32 any more.
+MOST_RATE = 1e30
 
 
 def _can_be_written(context: click.Context, parameter: click.Parameter, file: Path | None) -> Path | None:
@@ -55,8 +57,10 @@ def _parse_rates(context: click.Context, parameter: click.Parameter, text: str |
             rate = float(part)
         except ValueError:
             rate = math.nan
-        if not 0.0 < rate < math.inf:
-            raise click.BadParameter(f"{part!r} is no learning rate, expected finite numbers above 0, as 0.01,0.03")
+        if not 0.0 < rate <= MOST_RATE:
+            raise click.BadParameter(
+                f"{part!r} is no learning rate, expected numbers above 0 and at most {MOST_RATE:g}, as 0.01,0.03"
+            )
         rates.append(rate)
     return sorted(set(rates))
 
@@ -179,11 +183,23 @@ def _race(results: Results, jobs: int) -> str | None:
                         description=f"{lap.optimizer} {lap.rate:g}",
                         runs=f"{results.done}/{len(laps)} runs",
                     )
+                    standing = next(s for s in results.standings if s.name == lap.optimizer)
+                    if standing.finished:
+                        console.print(_in_a_line(standing), highlight=False)
         except KeyboardInterrupt:
             return "interrupted"
         except BrokenProcessPool:
             return "a process of the race was ended by the system, which may have run out of memory,"
     return None
+
+
+def _in_a_line(standing: Standing) -> str:
+    """An optimizer that has finished."""
+    if standing.best_rate is None:
+        return f"{standing.name}: diverged at every rate"
+    steps = standing.steps_to_target
+    reached = pictures.missed(standing) if steps is None else f"{steps:.0f} steps"
+    return f"{standing.name}: {standing.best_rate:g}, final {standing.final:.3g}, target: {reached}"
 
 
 def table(results: Results) -> Table:

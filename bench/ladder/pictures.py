@@ -87,8 +87,7 @@ def missed(standing: Standing) -> str:
         return f"{reached} of {len(standing.crossings)} seeds"
     if standing.best_runs:
         return "not reached"
-    complete = len(standing.runs) == len(standing.rates) * standing.seeds
-    return "diverged" if complete else "not finished"
+    return "diverged" if standing.finished else "not finished"
 
 
 def write_html(file: IO[str], results: Results) -> None:

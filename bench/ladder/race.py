@@ -123,6 +123,11 @@ class Standing:
         return [run for run in self.runs if run.lap.rate == rate]
 
     @property
+    def finished(self) -> bool:
+        """Whether all of its runs are done."""
+        return len(self.runs) == len(self.rates) * self.seeds
+
+    @property
     def best_rate(self) -> float | None:
         """The rate with the least mean `final` over all seeds, the lower one of equals.
 
