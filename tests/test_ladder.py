@@ -250,12 +250,15 @@ def test_final_is_the_least_of_the_last_50_steps():
 
 
 def test_thinned_curves():
-    for steps, every in ((4000, 1), (1000, 10), (10, 1), (251, 1), (1999, 1)):
-        kept = thinned([*range(0, steps, every), steps], steps)
+    for steps, every in ((4000, 1), (1500, 10), (10, 1), (251, 1), (1999, 1), (10**6, 7)):
+        recorded = [*range(0, steps, every), steps]
+        kept = thinned(recorded)
         assert kept[0] == 0
         assert kept[-1] == steps
-        assert len(kept) <= 252
-    assert thinned(range(101), 100) == list(range(101))
+        assert set(kept) <= set(recorded)
+        assert min(len(recorded), 126) <= len(kept) <= 251
+    assert thinned(range(251)) == list(range(251))
+    assert thinned([0]) == [0]
 
 
 def made_run(rate, seed, final, steps_to_target=None, name="adamw"):
@@ -420,6 +423,9 @@ def test_essay_races_the_essays_optimizers(monkeypatch):
         (("--read", "{tmp}/text"), "cannot be read: Expecting value"),
         (("--read", "{tmp}/other.json"), "cannot be read: it is not what `stepladder ladder --json` writes"),
         (("--read", "{tmp}/slow.json"), "cannot be read: its preset is 'slow', expected essay or fast"),
+        (("--read", "{tmp}/name.json"), "cannot be read: it has an optimizer 'sgdd', expected sgd, momentum"),
+        (("--read", "{tmp}/curve.json"), "cannot be read: curves of one rate differ in length"),
+        (("--read", "{tmp}/machine.json"), "cannot be read: it is not what `stepladder ladder --json` writes"),
         (("--read", "{tmp}/good.json", "--seeds", 2), "--read runs nothing"),
     ],
 )
@@ -433,6 +439,10 @@ def test_refusals_before_any_work(arguments, message, tmp_path, monkeypatch):
     (tmp_path / "other.json").write_text(json.dumps({"settings": []}))
     (tmp_path / "good.json").write_text(json.dumps(good))
     (tmp_path / "slow.json").write_text(json.dumps(good | {"settings": good["settings"] | {"preset": "slow"}}))
+    (tmp_path / "machine.json").write_text(json.dumps(good | {"machine": {}}))
+    (tmp_path / "name.json").write_text(json.dumps(good).replace('"sgd"', '"sgdd"'))
+    good["optimizers"][1]["runs"][1]["losses"].pop()
+    (tmp_path / "curve.json").write_text(json.dumps(good))
     result = invoke(*(str(a).replace("{tmp}", str(tmp_path)) for a in arguments))
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.replace("│", " ").split())

@@ -106,11 +106,11 @@ CONTENDERS = {
         Contender("sgd", sl.SGD, (0.03, 0.1, 0.3, 1.0, 3.0), essays=True),
         Contender("momentum", sl.SGD, (0.01, 0.03, 0.1, 0.3, 1.0), {"momentum": 0.9}, essays=True, middle=3),
         Contender("adagrad", sl.Adagrad, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), essay=essay.adagrad, middle=3),
-        Contender("rmsprop", sl.RMSprop, _SMALL, essay=essay.rmsprop),
+        Contender("rmsprop", sl.RMSprop, _SMALL, essay=essay.rmsprop, middle=3),
         Contender("adam", sl.Adam, _ADAM, essays=True, middle=3),
         Contender("amsgrad", sl.Adam, _ADAM, {"amsgrad": True}, middle=3),
         Contender("adamw", sl.AdamW, _ADAM, {"weight_decay": 0.0}, essays=True, middle=3),
-        Contender("signsgd", sl.SignSGD, _SMALL, essays=True),
+        Contender("signsgd", sl.SignSGD, _SMALL, essays=True, middle=3),
         Contender("signum", sl.SignSGD, _LION, {"momentum": 0.9}, middle=3),
         Contender("lion", sl.Lion, _LION, essays=True),
         # A thousandth of the rate, by the trust coefficient, and ten times that by momentum.

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from stepladder.bench import report
 from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS, Contender, Preset
 from stepladder.bench.ladder.experiment import TARGET, Problem, Student, schedule
 
 # `final` is the least loss of these last steps.
 LAST = 50
-# A curve that is kept has at most this many intervals.
+# Of a curve that is kept, at the most.
 INTERVALS = 250
 # Steps between two calls of `report`.
 REPORTED = 20
@@ -92,14 +93,14 @@ def summary(lap: Lap, curve: dict[int, float], steps: int, diverged: int | None)
     """What is kept of a run, from the losses by the number of steps before them."""
     final = math.inf if diverged is not None else min(loss for t, loss in curve.items() if t > steps - LAST and t)
     reached = next((t for t, loss in curve.items() if loss <= TARGET), None)
-    kept = thinned(list(curve), steps)
+    kept = thinned(list(curve))
     return Run(lap, final, reached, diverged, kept, [curve[t] for t in kept])
 
 
-def thinned(recorded: Sequence[int], steps: int) -> list[int]:
-    """Of the recorded steps those at multiples of T/250, rounded up, and the last."""
-    stride = -(-steps // INTERVALS)
-    return [t for t in recorded if t % stride == 0 or t == recorded[-1]]
+def thinned(recorded: Sequence[int]) -> list[int]:
+    """Evenly spaced ones of the recorded steps, the first and the last among them."""
+    stride = max(1, -(-(len(recorded) - 1) // INTERVALS))
+    return [*recorded[:-1:stride], recorded[-1]]
 
 
 @dataclass
@@ -304,8 +305,13 @@ def from_json(value: dict[str, Any]) -> Results:
                 for r in row["runs"]
             ]
             standings.append(Standing(row["name"], row["rates"], settings["seeds"], runs))
+            if row["name"] not in CONTENDERS:
+                raise ValueError(f"it has an optimizer {row['name']!r}, expected {', '.join(CONTENDERS)}")
         if settings["preset"] not in PRESETS:
             raise ValueError(f"its preset is {settings['preset']!r}, expected {' or '.join(PRESETS)}")
+        if not all(len(r.steps) == len(r.losses) == len(s.best_runs[0].steps) for s in standings for r in s.best_runs):
+            raise ValueError("curves of one rate differ in length")
+        report.header(value["machine"])
         return Results(value["machine"], settings["preset"], settings["steps"], settings["seeds"], standings)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("it is not what `stepladder ladder --json` writes") from error

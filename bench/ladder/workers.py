@@ -37,7 +37,13 @@ def run_all(laps: Sequence[Lap], preset: str, steps: int, jobs: int, report: Cal
     seen = 0
     with ProcessPoolExecutor(jobs, context, _initialise, (progress, stop)) as pool:
         try:
-            left: set[Future[Run]] = {pool.submit(_run, lap, preset, steps) for lap in laps}
+            # Ctrl-C goes to all processes of a terminal. The workers, which start here, inherit that they do not get
+            # it; it waits until this process does again, and that tells them to stop.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                left: set[Future[Run]] = {pool.submit(_run, lap, preset, steps) for lap in laps}
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             while left:
                 done, left = wait(left, SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
                 now = progress.value
@@ -52,8 +58,6 @@ def run_all(laps: Sequence[Lap], preset: str, steps: int, jobs: int, report: Cal
 
 def _initialise(progress: Any, stop: Any) -> None:
     global _progress, _stop
-    # Ctrl-C goes to all processes of a terminal; the one that started these tells them to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     _progress, _stop = progress, stop
 
