@@ -22,7 +22,7 @@ from rich.table import Table
 
 from stepladder.bench import report
 from stepladder.bench.ladder import pictures
-from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS
+from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS, Contender, Preset
 from stepladder.bench.ladder.experiment import TARGET
 from stepladder.bench.ladder.race import Results, Standing, as_json, from_json, start
 from stepladder.bench.ladder.workers import run_all
@@ -150,7 +150,7 @@ def ladder(
         raise click.ClickException(f"{stopped} after {results.done} of {len(results.laps)} runs; these are {kept}")
 
 
-def _by_default(contender: Any, preset: Any, everything: bool) -> bool:
+def _by_default(contender: Contender, preset: Preset, everything: bool) -> bool:
     return everything or contender.essays or not preset.essays
 
 

@@ -14,9 +14,22 @@ from stepladder.bench.ladder.experiment import TARGET
 from stepladder.bench.ladder.race import Results, Standing
 
 PAGE = Path(__file__).with_name("page.html")
-# The essay's optimizers have the strong colours.
+# The essay's optimizers have the strong colours; of the others, three are to spare.
 STRONG = ("#7f7f7f", "#8c564b", "#1f77b4", "#17becf", "#e377c2", "#bcbd22", "#d62728", "#2ca02c", "#9467bd")
-SOFT = ("#c49c94", "#aec7e8", "#9edae5", "#f7b6d2", "#b8a000", "#c7c7c7", "#ff7f0e", "#ff9896", "#98df8a")
+SOFT = (
+    "#c49c94",
+    "#aec7e8",
+    "#9edae5",
+    "#f7b6d2",
+    "#b8a000",
+    "#c7c7c7",
+    "#ff7f0e",
+    "#ff9896",
+    "#98df8a",
+    "#5254a3",
+    "#637939",
+    "#843c39",
+)
 # What each kind of file needs.
 NEEDS = {"png": "matplotlib", "html": "plotly"}
 
