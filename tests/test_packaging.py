@@ -46,7 +46,7 @@ def test_sdist_has_every_source(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     for folder in ("csrc", "python/stepladder", "triton_kernels", "bench", "tests", "docs", "examples"):
         for file in (ROOT / folder).rglob("*"):
-            if file.suffix in (".h", ".cpp", ".cu", ".def", ".py", ".pyi", ".md", ".typed", ".csv"):
+            if file.suffix in (".h", ".cpp", ".cu", ".def", ".py", ".pyi", ".md", ".typed", ".csv", ".html"):
                 assert file.relative_to(ROOT).as_posix() in names
     assert {"CMakeLists.txt", "Makefile", "LICENSE", "README.md", "setup.py", "pyproject.toml"} <= names
 
@@ -63,7 +63,7 @@ def test_wheel_works(built, tmp_path):
     ):
         for file in (ROOT / folder).rglob("*.py"):
             assert f"{package}/{file.relative_to(ROOT / folder).as_posix()}" in names
-    assert {"stepladder/py.typed", "stepladder/choices.csv"} <= names
+    assert {"stepladder/py.typed", "stepladder/choices.csv", "stepladder/bench/ladder/page.html"} <= names
     code = (
         "import torch, stepladder as sl, stepladder.bench, stepladder.triton_kernels\n"
         "from stepladder import _C\n"

@@ -3,6 +3,7 @@
 import click
 
 from stepladder.bench.cli import bench
+from stepladder.bench.ladder.cli import ladder
 from stepladder.bench.matrices import bench_matrices
 from stepladder.bench.preconditioners import bench_preconditioners
 from stepladder.bench.roots import bench_roots
@@ -22,3 +23,4 @@ main.add_command(bench_matrices)
 main.add_command(bench_preconditioners)
 main.add_command(bench_roots)
 main.add_command(profile)
+main.add_command(ladder)

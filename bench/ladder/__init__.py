@@ -1,0 +1,1 @@
+"""The speedrun ladder: optimizers race to one loss, each at its best learning rate."""

@@ -1,0 +1,262 @@
+"""`stepladder ladder`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import psutil
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from stepladder.bench import report
+from stepladder.bench.ladder import pictures
+from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS, Contender, Preset
+from stepladder.bench.ladder.experiment import TARGET
+from stepladder.bench.ladder.race import Results, Standing, as_json, from_json, start
+from stepladder.bench.ladder.workers import run_all
+
+# Of a table that is not shown in a terminal, in characters.
+WIDTH = 120
+# Products with larger ones may not be numbers of fp32 any more.
+MOST_RATE = 1e30
+
+
+def _can_be_written(context: click.Context, parameter: click.Parameter, file: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before hours of work."""
+    if file is None:
+        return None
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise click.BadParameter(f"'{file}' cannot be written: {error.strerror}") from error
+    package = pictures.missing(str(parameter.name).removesuffix("_file"))
+    if package:
+        raise click.BadParameter(f"needs {package}, which is not installed: pip install 'stepladder[plot]'")
+    return file
+
+
+def _parse_rates(context: click.Context, parameter: click.Parameter, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    rates = []
+    for part in text.split(","):
+        try:
+            rate = float(part)
+        except ValueError:
+            rate = math.nan
+        if not 0.0 < rate <= MOST_RATE:
+            raise click.BadParameter(
+                f"{part!r} is no learning rate, expected numbers above 0 and at most {MOST_RATE:g}, as 0.01,0.03"
+            )
+        rates.append(rate)
+    return sorted(set(rates))
+
+
+def _read(context: click.Context, parameter: click.Parameter, file: Path | None) -> Results | None:
+    if file is None:
+        return None
+    try:
+        return from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"'{file}' cannot be read: {error}") from error
+
+
+def _output(flag: str, text: str) -> Callable[[Any], Any]:
+    kind = click.Path(dir_okay=False, writable=True, path_type=Path)
+    return click.option(flag, f"{flag.strip('-')}_file", type=kind, callback=_can_be_written, help=text)
+
+
+@click.command()
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="The setting. [default: fast]")
+@click.option(
+    "--optimizer",
+    "names",
+    multiple=True,
+    type=click.Choice(list(CONTENDERS)),
+    metavar="NAME",
+    help=f"{', '.join(CONTENDERS)}. Repeatable. [default: all; with --preset essay, those of the essay]",
+)
+@click.option("--all", "everything", is_flag=True, help="With --preset essay, every optimizer.")
+@click.option("--seeds", type=click.IntRange(min=1), help="How many. [default: 3; with --preset fast, 1]")
+@click.option("--steps", type=click.IntRange(min=10), help="Of each run. [default: 4000; with --preset fast, 1500]")
+@click.option("--rates", callback=_parse_rates, help="Learning rates in place of every grid, as 0.01,0.03.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes, of one thread each. [default: one for each core]")
+@_output("--json", "Write every run, with its curve, to this file.")
+@_output("--png", "Draw the curves and the steps to the target.")
+@_output("--html", "Write a page with the curves, a slider through training and a leaderboard.")
+@click.option(
+    "--read",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=_read,
+    help="Run nothing: show and draw what --json has written.",
+)
+def ladder(
+    preset: str | None,
+    names: tuple[str, ...],
+    everything: bool,
+    seeds: int | None,
+    steps: int | None,
+    rates: list[float] | None,
+    jobs: int | None,
+    json_file: Path | None,
+    png_file: Path | None,
+    html_file: Path | None,
+    read: Results | None,
+) -> None:
+    """Race the optimizers to one loss, each at the best learning rate of its grid.
+
+    A small tanh network learns the outputs of another one, under one schedule for all. The preset essay
+    is the essay's experiment in fp64, by the slow references, and takes hours; fast runs every
+    optimizer's fused kernels in fp32, on fewer steps, seeds and rates, in less than two minutes on two
+    cores. docs/ladder.md says what is computed.
+
+    Ctrl-C ends a race early: what is finished then is shown and written.
+    """
+    screen = Console()
+    if not screen.is_terminal:
+        screen.width = WIDTH
+    stopped = None
+    if read is not None:
+        if preset or names or everything or seeds or steps or rates or jobs:
+            raise click.UsageError("--read runs nothing: it goes with --json, --png and --html alone")
+        results = read
+    else:
+        chosen = PRESETS[preset or "fast"]
+        racers = [
+            c for c in CONTENDERS.values() if c.name in names or (not names and _by_default(c, chosen, everything))
+        ]
+        machine = report.machine() | {"threads": 1}
+        results = start(machine, chosen, racers, steps or chosen.steps, seeds or chosen.seeds, rates)
+        screen.print(report.header(results.machine), highlight=False)
+        stopped = _race(results, min(jobs or _cores(), len(results.laps)))
+    screen.print(table(results))
+    screen.print(pictures.about(results), style="dim", highlight=False)
+    written = _write(results, json_file, png_file, html_file)
+    if stopped:
+        kept = f"written to {', '.join(map(str, written))}" if written else "above"
+        raise click.ClickException(f"{stopped} after {results.done} of {len(results.laps)} runs; these are {kept}")
+
+
+def _by_default(contender: Contender, preset: Preset, everything: bool) -> bool:
+    return everything or contender.essays or not preset.essays
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return psutil.cpu_count() or 1
+
+
+def _race(results: Results, jobs: int) -> str | None:
+    """Run what is to be run into `results`; why it ended early, or None."""
+    columns = (TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.fields[runs]}"))
+    console = Console(stderr=True)
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    laps, steps = results.laps, results.steps
+    with Progress(*columns, *times, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(laps[0].optimizer, total=len(laps) * steps, runs="")
+        runs = run_all(laps, results.preset, steps, jobs, lambda count: progress.advance(task, count))
+        try:
+            with closing(runs):
+                for run in runs:
+                    results.add(run)
+                    lap = run.lap
+                    progress.update(
+                        task,
+                        # A run that diverged has made fewer steps, and reports are late.
+                        completed=max(progress.tasks[0].completed, results.done * steps),
+                        description=f"{lap.optimizer} {lap.rate:g}",
+                        runs=f"{results.done}/{len(laps)} runs",
+                    )
+                    standing = next(s for s in results.standings if s.name == lap.optimizer)
+                    if standing.finished:
+                        console.print(_in_a_line(standing), highlight=False)
+        except KeyboardInterrupt:
+            return "interrupted"
+        except BrokenProcessPool:
+            return "a process of the race was ended by the system, which may have run out of memory,"
+    return None
+
+
+def _in_a_line(standing: Standing) -> str:
+    """An optimizer that has finished."""
+    if standing.best_rate is None:
+        return f"{standing.name}: diverged at every rate"
+    steps = standing.steps_to_target
+    reached = pictures.missed(standing) if steps is None else f"{steps:.0f} steps"
+    return f"{standing.name}: {standing.best_rate:g}, final {standing.final:.3g}, target: {reached}"
+
+
+def table(results: Results) -> Table:
+    """The leaderboard."""
+    shown = Table(title=f"steps to {TARGET}", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("", "optimizer", "best rate", "final", "steps", "by seed"):
+        shown.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
+    for number, standing in enumerate(results.ranking, 1):
+        steps = standing.steps_to_target
+        rate, final = standing.best_rate, standing.final
+        by_seed = ["–" if t is None else str(t) for t in standing.crossings]
+        shown.add_row(
+            "" if steps is None else str(number),
+            standing.name,
+            "" if rate is None else f"{rate:g}{' *' if standing.at_an_end else ''}",
+            "" if final is None else f"{final:.3g}",
+            pictures.missed(standing) if steps is None else f"{steps:.0f}",
+            " ".join(by_seed) if results.seeds > 1 else "",
+        )
+    if any(standing.at_an_end for standing in results.standings):
+        shown.caption, shown.caption_justify = "* the least or greatest rate that was tried", "left"
+    return shown
+
+
+def _write(results: Results, json_file: Path | None, png_file: Path | None, html_file: Path | None) -> list[Path]:
+    """The files that were written."""
+    written = []
+    drawn = any(standing.best_runs for standing in results.standings)
+
+    def dump(file: IO[Any], results: Results) -> None:
+        json.dump(as_json(results), file, indent=1, allow_nan=False)
+
+    writers: list[tuple[Path | None, str, Callable[[IO[Any], Results], None]]] = [
+        (json_file, "w", dump),
+        (png_file, "wb", pictures.write_png),
+        (html_file, "w", pictures.write_html),
+    ]
+    for path, mode, write in writers:
+        if path is None:
+            continue
+        if write is not dump and not drawn:
+            click.echo(f"{path} is not written: no rate of any optimizer has finished all of its seeds", err=True)
+            continue
+        try:
+            _replace(path, mode, partial(write, results=results))
+        except OSError as error:
+            raise click.ClickException(f"'{path}' cannot be written: {error.strerror}") from error
+        written.append(path)
+    return written
+
+
+def _replace(path: Path, mode: str, write: Callable[[IO[Any]], None]) -> None:
+    """Write a file beside `path` and then put it there, so that a failure leaves what there was."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            write(file)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

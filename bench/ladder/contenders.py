@@ -1,0 +1,127 @@
+"""Who races: one row for each optimizer, with its grid of learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stepladder as sl
+from stepladder.bench.ladder import essay
+from stepladder.bench.ladder.essay import Step
+from stepladder.optim.base import Optimizer
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A setting of the experiment.
+
+    Attributes:
+        name: What `--preset` takes.
+        dtype: Of weights and data.
+        backend: Of our optimizers; None is the fused kernels.
+        steps: T.
+        seeds: How many.
+        every: Steps between two records of the full training loss.
+        rates: How many of a grid; None is all.
+        essays: Only the essay's optimizers race where none is named, and rules are the essay's.
+    """
+
+    name: str
+    dtype: torch.dtype
+    backend: str | None
+    steps: int
+    seeds: int
+    every: int
+    rates: int | None
+    essays: bool
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("essay", torch.float64, "reference", 4000, 3, 1, None, True),
+        Preset("fast", torch.float32, None, 1500, 1, 10, 3, False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer in the race.
+
+    Attributes:
+        name: What `--optimizer` takes.
+        cls: Our class.
+        rates: The grid, ascending.
+        options: Arguments beside the learning rate.
+        essay: The rule of the preset "essay" where the package has another.
+        essays: Whether the essay races it.
+        middle: Where in the grid the rates of the preset "fast" have their middle.
+    """
+
+    name: str
+    cls: type[Optimizer]
+    rates: tuple[float, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    essay: Callable[[Sequence[Tensor]], Step] | None = None
+    essays: bool = False
+    middle: int = 2
+
+    def grid(self, preset: Preset) -> tuple[float, ...]:
+        """The learning rates that a preset tries."""
+        if preset.rates is None:
+            return self.rates
+        first = self.middle - preset.rates // 2
+        return self.rates[first : first + preset.rates]
+
+    def begin(self, params: Sequence[Tensor], preset: Preset) -> Step:
+        """What steps these parameters, all of them matrices."""
+        if preset.essays and self.essay is not None:
+            return self.essay(params)
+        return partial(_step, self.cls(list(params), lr=0.0, backend=preset.backend, **self.options))
+
+
+def _step(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
+_SMALL = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_ADAM = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_LION = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+# Of steps in units of the weights' norm.
+_RELATIVE = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+_PLAIN_MOMENTUM = {"momentum": 0.9, "momentum_form": "sum", "nesterov": False}
+_MUON = _PLAIN_MOMENTUM | {"adjust_lr_fn": "essay"}
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("sgd", sl.SGD, (0.03, 0.1, 0.3, 1.0, 3.0), essays=True),
+        Contender("momentum", sl.SGD, (0.01, 0.03, 0.1, 0.3, 1.0), {"momentum": 0.9}, essays=True, middle=3),
+        Contender("adagrad", sl.Adagrad, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), essay=essay.adagrad, middle=3),
+        Contender("rmsprop", sl.RMSprop, _SMALL, essay=essay.rmsprop, middle=3),
+        Contender("adam", sl.Adam, _ADAM, essays=True, middle=3),
+        Contender("amsgrad", sl.Adam, _ADAM, {"amsgrad": True}, middle=3),
+        Contender("adamw", sl.AdamW, _ADAM, {"weight_decay": 0.0}, essays=True, middle=3),
+        Contender("signsgd", sl.SignSGD, _SMALL, essays=True, middle=3),
+        Contender("signum", sl.SignSGD, _LION, {"momentum": 0.9}, middle=3),
+        Contender("lion", sl.Lion, _LION, essays=True),
+        # A thousandth of the rate, by the trust coefficient, and ten times that by momentum.
+        Contender("lars", sl.LARS, (0.3, 1.0, 3.0, 10.0, 30.0)),
+        Contender("lamb", sl.LAMB, _ADAM),
+        Contender("muon", sl.Muon, _ADAM, _MUON | {"weight_decay": 0.0}, essays=True),
+        Contender("muonw", sl.Muon, _ADAM, _MUON | {"weight_decay": 0.01}),
+        Contender("normuon", sl.Muon, _ADAM, _MUON | {"weight_decay": 0.0, "variant": "normuon"}),
+        # Small matrices would be merged to vectors otherwise.
+        Contender("shampoo", sl.Shampoo, _ADAM, {"merge_dims": False}, essay=essay.shampoo, essays=True, middle=3),
+        Contender("soap", sl.SOAP, _ADAM, {"weight_decay": 0.0}),
+        Contender("muonh", sl.MuonH, _RELATIVE, _PLAIN_MOMENTUM, essays=True),
+    )
+}

@@ -1,0 +1,137 @@
+"""The race as a PNG, and as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from stepladder.bench import report
+from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS
+from stepladder.bench.ladder.experiment import TARGET
+from stepladder.bench.ladder.race import Results, Standing
+
+PAGE = Path(__file__).with_name("page.html")
+# The essay's optimizers have the strong colours; of the others, three are to spare.
+STRONG = ("#7f7f7f", "#8c564b", "#1f77b4", "#17becf", "#e377c2", "#bcbd22", "#d62728", "#2ca02c", "#9467bd")
+SOFT = (
+    "#c49c94",
+    "#aec7e8",
+    "#9edae5",
+    "#f7b6d2",
+    "#b8a000",
+    "#c7c7c7",
+    "#ff7f0e",
+    "#ff9896",
+    "#98df8a",
+    "#5254a3",
+    "#637939",
+    "#843c39",
+)
+# What each kind of file needs.
+NEEDS = {"png": "matplotlib", "html": "plotly"}
+
+
+def missing(kind: str) -> str | None:
+    """The package that a kind of file needs and that is not installed, if any."""
+    package = NEEDS.get(kind)
+    return package if package and find_spec(package) is None else None
+
+
+def color(name: str) -> str:
+    """An optimizer's, the same in every race, as #rrggbb."""
+    palette = STRONG if CONTENDERS[name].essays else SOFT
+    alike = [c.name for c in CONTENDERS.values() if c.essays == CONTENDERS[name].essays]
+    return palette[alike.index(name)]
+
+
+def about(results: Results) -> str:
+    """What was raced, in a sentence or two."""
+    preset = PRESETS[results.preset]
+    dtype = {"torch.float64": "fp64", "torch.float32": "fp32"}[str(preset.dtype)]
+    every = "at every step" if preset.every == 1 else f"every {preset.every} steps"
+    mean = "" if results.seeds == 1 else f", means over {results.seeds} seeds"
+    partly = "" if results.complete else f" Interrupted: {results.done} of {len(results.laps)} runs were finished."
+    return (
+        f"Preset {results.preset}: a tanh network learns another one's outputs, {results.steps} steps in {dtype}, each "
+        f"optimizer at its best learning rate{mean}. The training loss is recorded {every}, in units of the initial "
+        f"one; the target is {TARGET}.{partly}"
+    )
+
+
+def lowest(standings: list[Standing]) -> float:
+    """The least loss on any curve, at most the target."""
+    return min([TARGET, *(loss for standing in standings for loss in standing.curve[1])])
+
+
+def write_png(file: IO[bytes], results: Results) -> None:
+    """Curves on a logarithmic axis, and the steps to the target as bars."""
+    from matplotlib.figure import Figure
+
+    ranking = results.ranking
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    for standing in ranking:
+        if standing.best_runs:
+            curves.plot(*standing.curve, color=color(standing.name), label=f"{standing.name}, {standing.best_rate:g}")
+    curves.axhline(TARGET, color="#444", linestyle="--", linewidth=1)
+    curves.set(yscale="log", xlabel="step", ylabel="loss / initial loss", ylim=(lowest(ranking) / 1.5, 2.0))
+    curves.set_xlim(0, results.steps)
+    curves.legend(fontsize="small", ncols=2, title="best rate")
+
+    for row, standing in enumerate(reversed(ranking)):
+        steps = standing.steps_to_target
+        if steps is not None:
+            bars.barh(row, steps, color=color(standing.name))
+        text = f" {steps:.0f}" if steps is not None else f" {missed(standing)}"
+        bars.text(steps or 0, row, text, va="center", fontsize="small")
+    bars.set_yticks(range(len(ranking)), [standing.name for standing in reversed(ranking)])
+    bars.set(xlabel=f"steps to {TARGET}", xlim=(0, results.steps), ylim=(-0.6, len(ranking) - 0.4))
+    figure.suptitle(about(results), fontsize="small", wrap=True)
+    figure.savefig(file, format="png", dpi=130)
+
+
+def missed(standing: Standing) -> str:
+    """Why there is no mean number of steps."""
+    reached = sum(t is not None for t in standing.crossings)
+    if reached:
+        return f"{reached} of {len(standing.crossings)} seeds"
+    if standing.best_runs:
+        return "not reached"
+    return "diverged" if standing.finished else "not finished"
+
+
+def write_html(file: IO[str], results: Results) -> None:
+    """Curves, a slider through training, and a leaderboard that fills in; the plotting library is in the page."""
+    from plotly.offline import get_plotlyjs
+
+    ranking = results.ranking
+    racers = []
+    for standing in ranking:
+        steps, losses = standing.curve
+        racers.append(
+            {
+                "name": standing.name,
+                "color": color(standing.name),
+                "rate": standing.best_rate,
+                "steps_to_target": standing.steps_to_target,
+                "missed": missed(standing),
+                "steps": steps,
+                "losses": [float(f"{loss:.5g}") for loss in losses],
+            }
+        )
+    data = {
+        "about": about(results),
+        "machine": report.header(results.machine) + " · " + results.machine["date"],
+        "steps": results.steps,
+        "target": TARGET,
+        "range": [math.log10(lowest(ranking) / 1.5), math.log10(2.0)],
+        "racers": racers,
+    }
+    # A browser ends a script at any </, in a string too.
+    text = json.dumps(data, allow_nan=False, ensure_ascii=False).replace("</", "<\\/")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition("@PLOTLY@")
+    between, _, after = rest.partition("@DATA@")
+    file.writelines([before, get_plotlyjs(), between, text, after])
