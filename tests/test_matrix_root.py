@@ -435,3 +435,18 @@ def test_backends_of_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch):
         sl.ops.inverse_root(EYE, 2, method="eigh", backend=name)
     with pytest.raises(TypeError, match=rf"A has dtype torch.float64, which backend='{name}' does not take"):
         sl.ops.inverse_root(EYE.double(), 2, backend=name)
+
+
+def test_relative_damping_of_a_matrix_without_positive_sums():
+    """Its one eigenvector is orthogonal to every vector of equal elements."""
+    A = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    exact = torch.linalg.inv(A.double() + 0.2 * torch.eye(2, dtype=torch.float64))
+    for method in ("eigh", "newton"):
+        X, info = sl.ops.inverse_root(A, 1, method=method, relative_eps=0.1)
+        assert int(info.status) == sl.ops.RootStatus.CONVERGED
+        assert float((X.double() - exact).norm() / exact.norm()) < 1e-5
+
+
+def test_damping_that_leaves_zeros():
+    _, info = sl.ops.inverse_root(-torch.eye(3), 2, 1.0, "newton")
+    assert int(info.status) == sl.ops.RootStatus.FAILED

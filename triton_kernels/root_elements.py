@@ -133,12 +133,12 @@ def begin(words, tiles, workspace, counters, starts, count, gate, TILE: tl.const
 
 
 @triton.jit
-def sign_of(i):
-    """±1 without a pattern, as the reference's `signs`."""
+def probe_at(i):
+    """An element of a vector without a pattern, as the reference's `probe`."""
     mixed = ((i.to(tl.int64) + 1) * 2654435769) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
     mixed = mixed ^ (mixed >> 13)
-    return (1 - 2 * (mixed & 1)).to(tl.float32)
+    return (2 * (mixed & 0xFFFF) - 0xFFFF).to(tl.float32) * 1.52587890625e-05
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def vector(matrix, workspace, i):
 def multiply_vector(
     words, tiles, workspace, counters, sums, count, gate, slot, turn, last, TILE: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
-    """One step of the power method, y = Sv/‖v‖ from one vector to the other, v of signs in turn 0; some rows a program.
+    """One step of the power method, y = Sv/‖v‖ from one vector to the other, v the probe in turn 0; some rows a program.
 
     The sums of squares of each turn serve the next; those of the last turn are v·y/‖v‖².
     """
@@ -173,7 +173,7 @@ def multiply_vector(
                     column = first + tl.arange(0, DEPTH)
                     mask = column < n
                     v = tl.load(of + column, mask=column < tl.where(turn == 0, 0, n), other=0.0)
-                    v = tl.where(turn == 0, sign_of(column), v)
+                    v = tl.where(turn == 0, probe_at(column), v)
                     s = tl.load(at + row[:, None] * stride + column[None, :],
                                 mask=(row < n)[:, None] & mask[None, :], other=0.0)  # fmt: skip
                     total += s * (v * inverse)[None, :]

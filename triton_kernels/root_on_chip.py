@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stepladder.triton_kernels.root_elements import largest_bits, read, root_of_power, sign_of
+from stepladder.triton_kernels.root_elements import largest_bits, probe_at, read, root_of_power
 from stepladder.triton_kernels.root_records import first_start_for, next_phase, own_words, power_of_two, status_of
 from stepladder.triton_kernels.root_table import (
     CONVERGED,
@@ -71,7 +71,7 @@ def largest_eigenvalue(d, n, lower, SIDE: tl.constexpr, SQUARINGS: tl.constexpr,
         vanished = vanished | (norm == 0)
         power = power * tl.where(norm > 0, 1.0 / norm, 0.0)
         power = multiplied(power, power, lower)
-    v = tl.where(lanes < n, sign_of(lanes), 0.0)
+    v = tl.where(lanes < n, probe_at(lanes), 0.0)
     v = v / tl.sqrt(n.to(tl.float32))
     for _ in range(MULTIPLICATIONS):
         v = tl.sum(power * v[None, :], 1)

@@ -134,7 +134,7 @@ find_top(SL_ARGUMENTS(RootLaunch) launch) {
     const float* const squared = buffer_of<float>(launch, matrix, state.operation.out);
     float* const v = buffer_of<float>(launch, matrix, kNumSquares);
     float* const w = buffer_of<float>(launch, matrix, kNumSquares + 1);
-    for (int64_t k = threadIdx.x; k < n; k += kThreads) v[k] = sign_at(k);
+    for (int64_t k = threadIdx.x; k < n; k += kThreads) v[k] = probe_at(k);
     __syncthreads();
     for (int k = 0; k < launch.options.multiplications; ++k) {
       multiply_vector(squared, n, stride, v, w);

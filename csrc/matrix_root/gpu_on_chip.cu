@@ -218,7 +218,7 @@ class OnChip {
     }
     E* const v = x_;
     E* const w = x_ + kStride;
-    for (int k = threadIdx.x; k < n; k += S::kThreads) v[k] = static_cast<E>(sign_at(k));
+    for (int k = threadIdx.x; k < n; k += S::kThreads) v[k] = static_cast<E>(probe_at(k));
     __syncthreads();
     for (int k = 0; k < options_.multiplications; ++k) {
       const double norm = sqrt(multiply_vector(t_, n, v, w, w));

@@ -150,12 +150,12 @@ SL_DEVICE void clear(P& part) {
   part.for_pairs([](int, int, auto& low, auto& high) { low = high = 0; });
 }
 
-// A vector of +-1 without a pattern; the reference's `signs`.
-SL_DEVICE float sign_at(int64_t k) {
+// A vector without a pattern; the reference's `probe`.
+SL_DEVICE float probe_at(int64_t k) {
   uint32_t mixed = static_cast<uint32_t>(k + 1) * 2654435769u;
   mixed = (mixed ^ mixed >> 15) * 2246822519u;
   mixed = mixed ^ mixed >> 13;
-  return 1.0f - 2.0f * static_cast<float>(mixed & 1u);
+  return static_cast<float>(static_cast<int>(2u * (mixed & 0xffffu)) - 0xffff) * 0x1p-16f;
 }
 
 // The largest of all threads' values, where any NaN is.

@@ -210,6 +210,8 @@ def coupled_newton(
     eye = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
     square = product(D, D)
     scale = math.sqrt(float(square.norm())) * (1.0 + 2.0**-10)
+    if scale == 0.0:  # damping that takes away what there is
+        return D, 0, RootStatus.FAILED
     M, square, X = D / scale, square / scale**2, eye
     steps = 0
     for start in starts_within(p, condition, scale / delta if delta > 0.0 else math.inf):
@@ -268,20 +270,20 @@ def largest_eigenvalue(A: Tensor) -> float:
         if norm == 0.0:
             return 0.0
         squared = product(squared / norm, squared / norm)
-    v = signs(A.shape[-1], A.dtype).to(A.device)
+    v = probe(A.shape[-1], A.dtype).to(A.device)
     for _ in range(MULTIPLICATIONS):
         v = squared @ v
         v = v / v.norm()
     return float(v @ (A @ v) / (v @ v))
 
 
-def signs(n: int, dtype: torch.dtype) -> Tensor:
-    """A vector of ±1 without a pattern, the same everywhere: the top bit of i·2654435769 mod 2³², mixed."""
+def probe(n: int, dtype: torch.dtype) -> Tensor:
+    """A vector without a pattern, the same everywhere, of odd multiples of 2⁻¹⁶ between -1 and 1."""
     i = torch.arange(n, dtype=torch.int64)
     mixed = (i + 1) * 2654435769 & 0xFFFFFFFF
     mixed = (mixed ^ mixed >> 15) * 2246822519 & 0xFFFFFFFF
     mixed = mixed ^ mixed >> 13
-    return (1 - 2 * (mixed & 1)).to(dtype)
+    return (2 * (mixed & 0xFFFF) - 0xFFFF).to(dtype) * 2.0**-16
 
 
 def power_of_two(x: Tensor) -> Tensor:
