@@ -152,9 +152,9 @@ def vector(matrix, workspace, i):
 def multiply_vector(
     words, tiles, workspace, counters, sums, count, gate, slot, turn, last, TILE: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
-    """One step of the power method, y = Sv/‖v‖ from one vector to the other, v the probe in turn 0; some rows a program.
+    """One step of the power method, y = Sv/‖v‖ from one vector to the other; some rows a program.
 
-    The sums of squares of each turn serve the next; those of the last turn are v·y/‖v‖².
+    In turn 0 v is the probe. The sums of squares of each turn serve the next; those of the last turn are v·y/‖v‖².
     """
     if tl.load(counters + gate) != 0:
         for index in range(tl.program_id(0), count, tl.num_programs(0)):
