@@ -189,7 +189,7 @@ class Results:
         preset: Its name.
         steps: T.
         seeds: How many, from 0.
-        standings: One for each optimizer, in the order that they were asked for.
+        standings: One for each optimizer, in the order of CONTENDERS.
     """
 
     machine: dict[str, Any]
