@@ -468,8 +468,16 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["good.json"]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: what is begun in the background of a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_interrupt_keeps_what_is_finished(jobs, tmp_path, monkeypatch):
+def test_interrupt_keeps_what_is_finished(jobs, tmp_path, monkeypatch, interruptible):
     """A signal after three runs, to the workers as well, as a terminal sends it."""
     file = tmp_path / "results.json"
     add = race.Results.add
