@@ -21,9 +21,10 @@ NOISE = 2.0
 NEAR_IDENTITY = 3e-3
 NEAR_IDENTITY_WIDE = 1e-6
 GROWTH = 1.2
-# The worst condition that an attempt in fp32 allows for. Its error was found to be about 4e-9·κ√n/p at the most, where
-# half of the eigenvalues are small; so it is made where √n/p is at most FAST_SIZE, and has only so many Newton steps
-# as bring an eigenvalue within that condition to 1. Others are computed in fp64.
+# The worst condition that an attempt in fp32 allows for. Its error was found to be about 4e-9·κ√n/p from n = 64 on,
+# and up to three times that for smaller matrices, where half of the eigenvalues are small; so it is made where √n/p is
+# at most FAST_SIZE, and has only so many Newton steps as bring an eigenvalue within that condition to 1. Others are
+# computed in fp64.
 FAST_CONDITION = 2e4
 FAST_SIZE = 16.0
 FAST_STEPS = 5
