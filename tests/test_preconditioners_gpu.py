@@ -8,13 +8,10 @@ from triton_interpreter import use_interpreter
 
 import stepladder as sl
 
-SHAPES = ((12, 20), (9,), (3, 4, 5))
+# Of gradients whose factors have full rank: null spaces have no basis of their own.
+SHAPES = ((12, 12), (9,), (3, 4, 5))
 FREQUENCY = 3
-# In parts of a step, which moves a weight by about lr. Roots in fp32 have errors of 1e-5 of their norm, and as much
-# more in the directions in which they are small as the condition's root says: 3 with this damping. Four steps add up.
-LR, APART, DAMPING = 0.01, 2e-4, 0.1
-# KL-SOAP divides by eigenvalues down to 1e-6 of the largest, which fp32 knows to 6 %.
-APART_KL = 1e-2
+LR, DAMPING = 0.01, 0.1
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -26,15 +23,23 @@ def backend(request, monkeypatch):
     return request.param
 
 
-def trained(make, backend: str | None) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+def trained(make, backend: str | None, dtype=torch.float32) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
     generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
     optimizer = make(params, backend=backend)
     for _ in range(2 * FREQUENCY + 1):
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
         optimizer.step()
     return [p.detach() for p in params], optimizer
+
+
+def check(found: list[torch.Tensor], make) -> None:
+    """No further from the reference in fp64 than twice as far as the reference in fp32 is."""
+    exact, _ = trained(make, "reference", torch.float64)
+    rounded, _ = trained(make, "reference")
+    for x, y, e in zip(found, rounded, exact, strict=True):
+        assert float((x - e).abs().max()) <= 2.0 * float((y - e).abs().max())
 
 
 @pytest.mark.parametrize("stagger", [False, True])
@@ -44,9 +49,7 @@ def test_shampoo(backend, stagger):
         return sl.Shampoo(params, lr=LR, relative_eps=DAMPING, backend=backend, **every)
 
     found, optimizer = trained(make, backend)
-    expected, _ = trained(make, "reference")
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=0.0, atol=APART * LR)
+    check(found, make)
     assert all(float(state["failed_roots"]) == 0.0 for state in optimizer.state.values())
 
 
@@ -56,7 +59,5 @@ def test_soap(backend, variant):
         return sl.SOAP(params, lr=LR, precondition_frequency=FREQUENCY, variant=variant, backend=backend)
 
     found, optimizer = trained(make, backend)
-    expected, _ = trained(make, "reference")
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=0.0, atol=(APART_KL if variant else APART) * LR)
+    check(found, make)
     assert all(float(state["failed_bases"]) == 0.0 for state in optimizer.state.values())
