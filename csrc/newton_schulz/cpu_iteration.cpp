@@ -32,8 +32,8 @@ int64_t x_bytes(const Program& p) { return int64_t{2} * p.m_blocks * p.n_blocks 
 int64_t row_bytes(const Program& p) { return int64_t{4} * p.m_blocks * kBlock; }
 
 size_t workspace_bytes(const Program& p) {
-  const int64_t partials = (int64_t{p.m_macros()} * p.pack_columns() * 8 + 63) / 64 * 64;
-  return static_cast<size_t>(4 * x_bytes(p) + p.symmetric * (2 * symmetric_bytes(p) + row_bytes(p)) + row_bytes(p) +
+  const int64_t partials = (int64_t{p.pack_rows()} * p.pack_columns() * 8 + 63) / 64 * 64;
+  return static_cast<size_t>(3 * x_bytes(p) + p.symmetric * (symmetric_bytes(p) + row_bytes(p)) + row_bytes(p) +
                              partials);
 }
 
@@ -46,11 +46,9 @@ Operands place(const Program& p, char* memory) {
   };
   o.small = reinterpret_cast<float*>(memory);
   o.left = take(x_bytes(p));
-  o.right = take(x_bytes(p));
-  for (char*& x : o.right_of_b) x = take(x_bytes(p));
+  for (char*& x : o.across) x = take(x_bytes(p));
   for (int s = 0; s < p.symmetric; ++s) {
-    o.symmetric_left[s] = take(symmetric_bytes(p));
-    o.symmetric_right[s] = take(symmetric_bytes(p));
+    o.symmetric[s] = take(symmetric_bytes(p));
     o.diagonal[s] = reinterpret_cast<float*>(take(row_bytes(p)));
   }
   o.row_scale = reinterpret_cast<float*>(take(row_bytes(p)));
@@ -136,6 +134,11 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
     if (jobs[i].rows > 0 && jobs[i].cols > 0) order.push_back(static_cast<int>(i));
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost(jobs[a]) > cost(jobs[b]); });
 
+  double flops = 0.0;
+  for (int i : order) flops += 6.0 * cost(jobs[i]);
+  threads = static_cast<int>(std::max(1.0, std::min<double>(threads, flops / kFlopsPerThread)));
+  const int sharing = order.size() >= static_cast<size_t>(threads) ? 1 : threads;
+
   struct Known {
     const Options* options;
     Program program;
@@ -152,7 +155,7 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
     };
     auto found = std::find_if(known.begin(), known.end(), same);
     if (found == known.end()) {
-      known.push_back({job.options, Program(job.rows, job.cols, *job.options)});
+      known.push_back({job.options, Program(job.rows, job.cols, *job.options, sharing)});
       found = known.end() - 1;
       largest = std::max(largest, workspace_bytes(found->program));
     }
@@ -160,9 +163,6 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
   }
   if (order.empty()) return;
 
-  double flops = 0.0;
-  for (int i : order) flops += 6.0 * cost(jobs[i]);
-  threads = static_cast<int>(std::max(1.0, std::min<double>(threads, flops / kFlopsPerThread)));
   const size_t num_slots =
       std::min({order.size(), static_cast<size_t>(threads), std::max<size_t>(1, kWorkspaceBytes / largest)});
   while (workspaces_.size() < num_slots) workspaces_.push_back(std::make_unique<Buffer>());

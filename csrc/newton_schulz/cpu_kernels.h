@@ -22,15 +22,13 @@ constexpr int kTileBytes = 1024;
 
 // The operands of one matrix in its workspace.
 struct Operands {
-  float* small = nullptr;                     // X in fp32 of a small matrix, in place of its tiles; [32, n]
-  char* left = nullptr;                       // X, k along n; [m/16, n/32] tiles
-  char* right = nullptr;                      // Xᵀ, k along n; [m/16, n/32]
-  char* right_of_b[2] = {};                   // X, k along m; [n/16, m/32]
-  char* symmetric_left[kMaxSymmetric] = {};   // [m/16, m/32]
-  char* symmetric_right[kMaxSymmetric] = {};  // [m/16, m/32]
-  float* diagonal[kMaxSymmetric] = {};        // [m], of the symmetric ones, whose tiles have zeros there
-  float* row_scale = nullptr;                 // [m]
-  double* partials = nullptr;                 // sums of squares, one for each task
+  float* small = nullptr;               // X in fp32 of a small matrix, in place of its tiles; [32, n]
+  char* left = nullptr;                 // X, pairs along n; [m/16, n/32] tiles
+  char* across[2] = {};                 // Xᵀ, pairs along m: what B is multiplied by; [n/16, m/32]
+  char* symmetric[kMaxSymmetric] = {};  // [m/16, m/32]
+  float* diagonal[kMaxSymmetric] = {};  // [m], of the symmetric ones, whose tiles have zeros there
+  float* row_scale = nullptr;           // [m]
+  double* partials = nullptr;           // sums of squares, one for each task
 };
 
 // One matrix under way.
@@ -52,8 +50,8 @@ struct Engine {
   void (*run)(const Work& work, const Step& step, int task, char* scratch);
 };
 
-// Blocks of a task's product in fp32, and two more to read and write memory through.
-constexpr size_t kScratchBytes = (kMacro * kMacro + 2) * kBlock * kBlock * sizeof(float);
+// Blocks of a task's product in fp32, two more to read and write memory through, panels of its right operand.
+constexpr size_t kScratchBytes = (kMacro * kMacro + 2) * kBlock * kBlock * sizeof(float) + 34 * kTileBytes;
 
 // The fastest engine that was compiled in and runs here, or the one of that name; null where there is none.
 const Engine* cpu_engine(const char* name);

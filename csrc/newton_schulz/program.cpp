@@ -6,12 +6,12 @@
 
 namespace stepladder::newton_schulz {
 
-Program::Program(int64_t rows, int64_t cols, const Options& options) {
+Program::Program(int64_t rows, int64_t cols, const Options& options, int threads) {
   const int64_t m = std::min(rows, cols), n = std::max(rows, cols);
   m_blocks = block_count(m);
   n_blocks = block_count(n);
-  // Small matrices in smaller parts, so that several threads find work.
-  macro = m_blocks >= 4 * kMacro ? kMacro : kMacro / 2;
+  // Small matrices that several threads share go in smaller parts, so that all of them find work.
+  macro = threads == 1 || m_blocks >= 24 ? kMacro : m_blocks >= 8 ? kMacro / 2 : kMacro / 4;
   add({Phase::norm});
   add({Phase::pack});
   small = m_blocks == 1;
@@ -22,7 +22,6 @@ Program::Program(int64_t rows, int64_t cols, const Options& options) {
 void Program::add_packed(const Options& options) {
   if (options.aol) {
     Step gram{Phase::gram};
-    gram.needs_right = false;
     add(gram);
     add({Phase::rows});
     Step again{Phase::pack};
@@ -36,7 +35,7 @@ void Program::add(Step step) {
   const int macros = m_macros();
   switch (step.phase) {
     case Phase::norm:
-    case Phase::pack: step.tasks = macros * pack_columns(); break;
+    case Phase::pack: step.tasks = pack_rows() * pack_columns(); break;
     case Phase::rows:
     case Phase::small: step.tasks = 1; break;
     case Phase::gram:
@@ -60,7 +59,6 @@ void Program::add_standard(const Options& options) {
     multiply.last = &t == &options.steps.back();
     parity ^= 1;
     if (t.c == 0.0) {  // cubic: B = bA
-      gram.needs_right = false;
       multiply.left = kGram;
       multiply.acc = static_cast<float>(t.b);
     } else {
@@ -73,7 +71,6 @@ void Program::add_standard(const Options& options) {
       product.to = kB;
       product.acc = static_cast<float>(t.c);
       product.add = static_cast<float>(t.b);
-      product.needs_right = false;
       add(product);
     }
     add(multiply);

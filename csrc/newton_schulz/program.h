@@ -13,8 +13,9 @@
 namespace stepladder::newton_schulz {
 
 constexpr int kBlock = 32;        // rows and columns of the blocks in which products are computed
-constexpr int kMacro = 4;         // blocks a side of what a task computes, at the most
-constexpr int kPackCols = 16;     // blocks in a row that a task packs
+constexpr int kMacro = 8;         // blocks a side of what a task computes, at the most
+constexpr int kPackRows = 2;      // blocks that a task packs: rows
+constexpr int kPackCols = 16;     // and columns
 constexpr int kMaxSymmetric = 5;  // symmetric buffers, those of the Gram form
 
 constexpr int block_count(int64_t side) { return static_cast<int>((side + kBlock - 1) / kBlock); }
@@ -35,8 +36,7 @@ struct Step {
   float acc = 1.0f, add = 0.0f;
   int also = -1;  // a further symmetric buffer that gets the same with `diagonal` added
   float diagonal = 0.0f;
-  bool needs_right = true;  // the result is a right operand later: of a product, or of a Gram matrix
-  bool last = false;        // the result goes to memory
+  bool last = false;  // the result goes to memory
   bool scaled_rows = false;
   int parity = 0;  // which copy of X's right operands is read; the other is written
   int tasks = 0;
@@ -50,9 +50,11 @@ struct Program {
   int symmetric = 0;  // buffers
   std::vector<Step> steps;
 
-  Program(int64_t rows, int64_t cols, const Options& options);
+  // `threads` of them share the matrix.
+  Program(int64_t rows, int64_t cols, const Options& options, int threads);
   int m_macros() const { return (m_blocks + macro - 1) / macro; }
   int n_macros() const { return (n_blocks + macro - 1) / macro; }
+  int pack_rows() const { return (m_blocks + kPackRows - 1) / kPackRows; }
   int pack_columns() const { return (n_blocks + kPackCols - 1) / kPackCols; }
 
  private:

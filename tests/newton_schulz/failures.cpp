@@ -36,7 +36,7 @@ void check(bool holds, const char* what) {
 
 int expected_tasks(const Options& options, int64_t rows, int64_t cols) {
   int sum = 0;
-  for (const Step& step : Program(rows, cols, options).steps) sum += step.tasks;
+  for (const Step& step : Program(rows, cols, options, 1).steps) sum += step.tasks;
   return sum;
 }
 
