@@ -9,6 +9,7 @@
 #include "common/math.h"
 #include "matrix_product/bindings.h"
 #include "multi_tensor/plan.h"
+#include "multi_tensor/regions.h"
 #include "newton_schulz/cpu_bindings.h"
 #if defined(SL_HAS_CUDA)
 #include "matrix_root/gpu_bindings.h"
@@ -38,6 +39,7 @@ py::dict rules() {
     entry["hyper"] = py::str(info.hyper).attr("split")();
     entry["states"] = py::str(info.states).attr("split")();
     entry["norms"] = info.norms;
+    entry["prepared"] = info.num_prepared;
     all[info.name] = entry;
   }
   return all;
@@ -80,14 +82,37 @@ int64_t gpu_launches() {
 #endif
 }
 
+const char* dtype_name(DType dtype) {
+  return dtype == DType::f64    ? "float64"
+         : dtype == DType::f32  ? "float32"
+         : dtype == DType::bf16 ? "bfloat16"
+                                : "float16";
+}
+
+// (begin, end, threads) of each region, a thread being (begin, end, shares), and a share (pass, rule, dtypes of
+// parameter, gradient and states, nanoseconds, elements, chunks).
+py::list regions() {
+  py::list all;
+  for (const Region& region : take_regions()) {
+    py::list threads;
+    for (const RegionThread& thread : region.threads) {
+      py::list shares;
+      for (const Share& share : thread.shares) {
+        const Kernel& k = share.kernel;
+        const RuleInfo* info = k.rule == Rule::count ? nullptr : &rule_info(k.rule);
+        const std::string pass = info != nullptr && info->norms && k.pass == std::string("update") ? "prepare" : k.pass;
+        shares.append(py::make_tuple(pass, info == nullptr ? "" : info->name, dtype_name(k.param), dtype_name(k.grad),
+                                     dtype_name(k.state), share.nanoseconds, share.elements, share.chunks));
+      }
+      threads.append(py::make_tuple(thread.begin, thread.end, shares));
+    }
+    all.append(py::make_tuple(region.begin, region.end, threads));
+  }
+  return all;
+}
+
 // What the kernels of Python need of a table and of the gradients' way in.
 void bind_tables(py::module_& m) {
-  const auto dtype_name = [](DType dtype) {
-    return dtype == DType::f64    ? "float64"
-           : dtype == DType::f32  ? "float32"
-           : dtype == DType::bf16 ? "bfloat16"
-                                  : "float16";
-  };
   m.attr("GROUP_WORDS") = kGroupWords;
   py::class_<PlanTable, std::shared_ptr<PlanTable>>(m, "Table", py::buffer_protocol(), py::module_local())
       .def_buffer([](PlanTable& t) {
@@ -96,8 +121,8 @@ void bind_tables(py::module_& m) {
                                py::format_descriptor<int64_t>::format(), 1, {words.size()}, {sizeof(int64_t)}, true);
       })
       .def_readonly("rule", &PlanTable::rule)
-      .def_property_readonly("param", [=](const PlanTable& t) { return dtype_name(t.param); })
-      .def_property_readonly("state", [=](const PlanTable& t) { return dtype_name(t.state); })
+      .def_property_readonly("param", [](const PlanTable& t) { return dtype_name(t.param); })
+      .def_property_readonly("state", [](const PlanTable& t) { return dtype_name(t.state); })
       .def_property_readonly("chunks", [](const PlanTable& t) { return t.table.chunks(); })
       .def_property_readonly("chunk_tiles", [](const PlanTable& t) { return t.table.chunk_tiles(); })
       .def_property_readonly("num_sums", [](const PlanTable& t) { return t.table.num_sums(); })
@@ -137,6 +162,8 @@ PYBIND11_MODULE(SL_MODULE, m) {
   m.def("openmp_runtime", &openmp_runtime);
   m.def("isas", &supported_isas, "Vector widths that were compiled in and run here, widest first.");
   m.def("cuda", &cuda, "The CUDA devices, and the reason where there is none.");
+  m.def("record_regions", &set_recording, "Whether parallel regions of the CPU's plans are recorded.");
+  m.def("take_regions", &regions, "Those recorded since the last call.");
   m.attr("compiler") = SL_COMPILER;
   m.attr("cuda_version") = SL_CUDA_VERSION;
 

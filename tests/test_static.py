@@ -315,12 +315,6 @@ def test_profile_prints_and_writes_the_same(tmp_path):
     assert cells[8] == str(kernel["occupancy"]["blocks"])
 
 
-def test_profile_needs_static():
-    result = profile()
-    assert result.exit_code == 2
-    assert "this release profiles compiled kernels only: stepladder profile --static" in result.output
-
-
 def test_profile_refuses_an_unknown_architecture():
     result = profile("--static", "--arch", "sm_12")
     assert result.exit_code == 2

@@ -3,8 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "common/error.h"
+#include "multi_tensor/regions.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace stepladder {
 
@@ -31,15 +37,15 @@ const MakeScalars kMakeScalars[kNumRules][2] = {
 };
 
 template <class R>
-RuleInfo describe(const char* name, bool norms) {
+RuleInfo describe(const char* name, bool norms, int num_prepared) {
   static_assert(sizeof(typename R::Hyper) <= kMaxHyper * sizeof(double), "raise kMaxHyper");
   static_assert(R::kNumStates <= kMaxStates, "raise kMaxStates");
-  return {name, R::kHyper, R::kStates, sizeof(typename R::Hyper) / sizeof(double), R::kNumStates, norms};
+  return {name, R::kHyper, R::kStates, sizeof(typename R::Hyper) / sizeof(double), R::kNumStates, num_prepared, norms};
 }
 
 const RuleInfo kRules[kNumRules] = {
-#define SL_RULE(name, ...) describe<__VA_ARGS__>(#name, false),
-#define SL_NORM_RULE(name, ...) describe<__VA_ARGS__>(#name, true),
+#define SL_RULE(name, ...) describe<__VA_ARGS__>(#name, false, 0),
+#define SL_NORM_RULE(name, ...) describe<__VA_ARGS__>(#name, true, __VA_ARGS__::kNumPrepared),
 #include "rules/rules.def"
 };
 
@@ -58,6 +64,19 @@ const auto nothing = [] {};
 
 int useful_threads(int64_t bytes, int threads) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, bytes / kBytesPerThread)));
+}
+
+int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+Kernel kernel_of(const Tensor& t, const char* pass) {
+  const DType state = t.num_columns > kState ? t.columns[kState].dtype : t.columns[kParam].dtype;
+  return {pass, t.rule, t.columns[kParam].dtype, t.columns[kGrad].dtype, state};
 }
 
 }  // namespace
@@ -166,24 +185,65 @@ void Plan::schedule() {
   }
 }
 
+template <class Body>
+void Plan::work(const Item& item, const char* pass, RegionThread* record, Body body) const {
+  if (record == nullptr) {
+    for (int32_t c = item.first; c < item.last; ++c) body(chunks_[c]);
+    return;
+  }
+  // The clock is read where an item begins or its kernel changes, so that chunks of small tensors are not slowed.
+  int64_t begin = monotonic_nanoseconds();
+  for (int32_t c = item.first; c < item.last;) {
+    const Kernel kernel = kernel_of(tensors[chunks_[c].tensor], pass);
+    int64_t elements = 0;
+    const int32_t first = c;
+    do {
+      elements += chunks_[c].end - chunks_[c].begin;
+      body(chunks_[c++]);
+    } while (c < item.last && kernel == kernel_of(tensors[chunks_[c].tensor], pass));
+    const int64_t end = monotonic_nanoseconds();
+    record->add(kernel, end - begin, elements, c - first);
+    begin = end;
+  }
+}
+
 template <class Body, class Prologue>
-void Plan::for_each_chunk(const std::vector<Item>& items, int threads, Body body, Prologue prologue) const {
+void Plan::for_each_chunk(const std::vector<Item>& items, int threads, const char* pass, Body body,
+                          Prologue prologue) const {
   const int64_t n = static_cast<int64_t>(items.size());
   const int used = static_cast<int>(std::min<int64_t>(useful_threads(total_bytes_, threads), n));
-  const auto work = [&](int64_t i) {
-    for (int32_t c = items[i].first; c < items[i].last; ++c) body(chunks_[c]);
+  const bool records = recording();
+  Region region;
+  if (records) {
+    region.threads.resize(std::max(used, 1));
+    region.begin = monotonic_nanoseconds();
+  }
+  const auto take_part = [&](auto each_item) {
+    RegionThread* const record = records ? &region.threads[thread_number()] : nullptr;
+    if (record != nullptr) record->begin = monotonic_nanoseconds();
+    each_item(record);
+    if (record != nullptr) record->end = monotonic_nanoseconds();
   };
   if (used <= 1) {
     prologue();
-    for (int64_t i = 0; i < n; ++i) work(i);
-    return;
-  }
+    if (records) region.begin = monotonic_nanoseconds();
+    take_part([&](RegionThread* record) {
+      for (int64_t i = 0; i < n; ++i) work(items[i], pass, record, body);
+    });
+  } else {
 #pragma omp parallel num_threads(used)
-  {
+    {
 #pragma omp master
-    prologue();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < n; ++i) work(i);
+      prologue();
+      take_part([&](RegionThread* record) {
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < n; ++i) work(items[i], pass, record, body);
+      });
+    }
+  }
+  if (records) {
+    region.end = monotonic_nanoseconds();
+    keep(std::move(region));
   }
 }
 
@@ -191,7 +251,7 @@ void Plan::measure(Norm kind, double inverse_scale, const CpuKernels& kernels, i
   int not_finite = 0;
   for (const auto& items : waves_) {
     for_each_chunk(
-        items, threads,
+        items, threads, "measure",
         [&](const Chunk& chunk) {
           const Tensor& t = tensors[chunk.tensor];
           if (kernels.measure[arithmetic_index(t)](t, chunk.begin, chunk.end, kind, inverse_scale)) {
@@ -217,7 +277,7 @@ double Plan::total_norm(Norm kind) {
 void Plan::scale(double factor, const CpuKernels& kernels, int threads) {
   for (const auto& items : waves_) {
     for_each_chunk(
-        items, threads,
+        items, threads, "scale",
         [&](const Chunk& chunk) {
           const Tensor& t = tensors[chunk.tensor];
           kernels.scale[arithmetic_index(t)](t, chunk.begin, chunk.end, factor);
@@ -231,7 +291,7 @@ void Plan::run(const GradientScale& scale, const CpuKernels& kernels, int thread
   if (waves_.empty()) prologue();
   for (size_t wave = 0; wave < waves_.size(); ++wave) {
     for_each_chunk(
-        waves_[wave], threads,
+        waves_[wave], threads, "update",
         [&](const Chunk& chunk) {
           const Tensor& t = tensors[chunk.tensor];
           kernels.update[static_cast<int>(t.rule)][arithmetic_index(t)](t, chunk.begin, chunk.end, scale);
@@ -247,7 +307,7 @@ void Plan::run(const GradientScale& scale, const CpuKernels& kernels, int thread
       }
     }
     for_each_chunk(
-        norm_waves_[wave], threads,
+        norm_waves_[wave], threads, "apply",
         [&](const Chunk& chunk) {
           const Tensor& t = tensors[chunk.tensor];
           kernels.apply[static_cast<int>(t.rule)][arithmetic_index(t)](t, chunk.begin, chunk.end, scale);

@@ -21,12 +21,15 @@ struct Item {
   int32_t first, last;
 };
 
+struct RegionThread;
+
 struct RuleInfo {
   const char* name;
   const char* hyper;   // names, separated by blanks
   const char* states;  // names, separated by blanks
   int num_hyper;       // doubles: a pair such as betas counts twice
   int num_states;
+  int num_prepared;  // of them, those that the first pass of a norm-based rule changes
   bool norms;
 };
 
@@ -65,8 +68,12 @@ class Plan {
   };
 
   bool works(size_t i) const { return active[i] && tensors[i].executor == kOnCpu; }
+  // `pass` names what is done, for a profiler; its `record` is null unless it listens.
+  template <class Body>
+  void work(const Item& item, const char* pass, RegionThread* record, Body body) const;
   template <class Body, class Prologue>
-  void for_each_chunk(const std::vector<Item>& items, int threads, Body body, Prologue prologue) const;
+  void for_each_chunk(const std::vector<Item>& items, int threads, const char* pass, Body body,
+                      Prologue prologue) const;
 
   std::vector<Chunk> chunks_;
   std::vector<std::vector<Item>> waves_;       // items whose writes do not overlap; waves run one after another

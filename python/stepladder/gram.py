@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from stepladder import backends, cuda_roots, products, reference
+from stepladder import backends, cuda_roots, products, ranges, reference
 from stepladder.newton_schulz import KERNEL_DTYPES, check_floating
 
 # Rows of a tile on a CPU: large enough that its product runs at full speed, small enough that the tiles on the
@@ -80,6 +81,21 @@ def update_grams(
     squares: Sequence[Tensor], others: Sequence[Tensor], beta: float, weight: float, backend: str | None
 ) -> None:
     """Update checked matrices."""
+    with ranges.kernel("update_gram_", partial(work_of, squares, others)):
+        _update(squares, others, beta, weight, backend)
+
+
+def work_of(squares: Sequence[Tensor], others: Sequence[Tensor]) -> ranges.Work:
+    """2m²n for each G [..., m, n]; L read and written, G read."""
+    flops = sum(2.0 * g.numel() * g.shape[-2] for g in others)
+    double = any(square.dtype == torch.float64 for square in squares)
+    moved = sum(2 * square.nbytes + g.nbytes for square, g in zip(squares, others, strict=True))
+    return ranges.Work(moved, flops, "fp64" if double else "fp32")
+
+
+def _update(
+    squares: Sequence[Tensor], others: Sequence[Tensor], beta: float, weight: float, backend: str | None
+) -> None:
     together: dict[tuple[str, torch.device], list[int]] = {}
     for index, (square, g) in enumerate(zip(squares, others, strict=True)):
         name = backends.choose(backend, square.device.type)

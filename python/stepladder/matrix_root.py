@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from stepladder import backends, cuda_roots
+from stepladder import backends, cuda_roots, ranges
 from stepladder.newton_schulz import check_floating
 from stepladder.parallel import over_threads
 from stepladder.reference.matrix_root import (
@@ -94,14 +94,16 @@ def inverse_root(
     check(p, eps, relative_eps, method)
     backends.check_available(backend)
     given = [A] if isinstance(A, Tensor) else list(A)
-    for index, a in enumerate(given):
-        check_symmetric(a, "A" if isinstance(A, Tensor) else f"A[{index}]", method, backend)
+    with ranges.kernel("check"):
+        for index, a in enumerate(given):
+            check_symmetric(a, "A" if isinstance(A, Tensor) else f"A[{index}]", method, backend)
     stacks = [widened(a).reshape(a.shape[:-2].numel(), *a.shape[-2:]) for a in given]
     pairs = roots(stacks, p, float(eps), float(relative_eps), method, backend)
     results, infos = [], []
     for a, stack, (x, info) in zip(given, stacks, pairs, strict=True):
         how = method_for(method, backend, a)
-        info = info._replace(residual=residuals(x, damped(stack, eps, relative_eps, how), p, info.status))
+        with ranges.kernel("residual"):
+            info = info._replace(residual=residuals(x, damped(stack, eps, relative_eps, how), p, info.status))
         results.append(x.reshape(a.shape))
         infos.append(RootInfo(*(value.reshape(a.shape[:-2]) for value in info)))
     return (results[0], infos[0]) if isinstance(A, Tensor) else (results, infos)
@@ -183,7 +185,9 @@ def roots(
         shared.setdefault((f"{name} {how}", a.device), []).append(index)
     for (key, _), indices in shared.items():
         run = _RUN[key]
-        for index, result in zip(indices, run([stacks[i] for i in indices], p, eps, relative_eps), strict=True):
+        with ranges.kernel("inverse_root"):
+            found = run([stacks[i] for i in indices], p, eps, relative_eps)
+        for index, result in zip(indices, found, strict=True):
             results[index] = without_overflow(*result)
     return [result for result in results if result is not None]
 

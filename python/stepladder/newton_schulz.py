@@ -6,13 +6,14 @@ import math
 import numbers
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from stepladder import _C, backends
+from stepladder import _C, backends, ranges
 from stepladder.backends import current_stream
 from stepladder.choices import gram_from
 from stepladder.coefficients import Coefficients, CoefficientSet, resolve
@@ -142,9 +143,27 @@ def orthogonalise(
         shared.setdefault((name, x.device), []).append(index)
     for (name, _), indices in shared.items():
         run = {"cpu": _on_cpu, "reference": _by_reference, "cuda": _by_cuda, "triton": _by_triton}[name]
-        for index, result in zip(indices, run([given[i] for i in indices], chosen, method, eps), strict=True):
+        members = [given[i] for i in indices]
+        with ranges.kernel("newton_schulz", partial(work_of, members, chosen, name)):
+            found = run(members, chosen, method, eps)
+        for index, result in zip(indices, found, strict=True):
             results[index] = result
     return [result for result in results if result is not None]
+
+
+def work_of(given: Iterable[Tensor], chosen: CoefficientSet, name: str) -> ranges.Work:
+    """What the iteration of matrices takes by its standard form, 2(2m²n + m³) for each step; `name`: the backend."""
+    flops = size = 0.0
+    precision = "bf16"
+    for x in given:
+        m, n = sorted(x.shape[-2:])
+        flops += x.shape[:-2].numel() * len(chosen.steps) * 2.0 * (2.0 * m * m * n + float(m) ** 3)
+        size += 2 * x.nbytes
+        if name == "reference":
+            precision = "fp64" if x.dtype == torch.float64 else "fp32"
+    if name == "cpu" and matrix_unit() == TORCH and _torch_dtype(chosen) == torch.float32:
+        precision = "fp32"
+    return ranges.Work(size, flops, precision)
 
 
 def form_for(method: str, shape: torch.Size, unit: str, chosen: CoefficientSet) -> str:
@@ -191,13 +210,17 @@ def _by_reference(given: list[Tensor], chosen: CoefficientSet, method: str, eps:
     return [iterate(x, chosen, method, eps, x.dtype) for x in given]
 
 
-def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
+def _torch_dtype(chosen: CoefficientSet) -> torch.dtype:
+    """What torch's products round to."""
     # Without instructions for it, torch's products in bf16 are slower than those in fp32; and sets that need a margin
     # diverge in them, as the diagonal of a Gram matrix is rounded like everything else.
     there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     bf16 = there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    fast = bf16 and chosen.divisor == 1.0
-    dtype = torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if bf16 and chosen.divisor == 1.0 else torch.float32
+
+
+def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
+    dtype = _torch_dtype(chosen)
     return [iterate(x, chosen, form_for(method, x.shape, TORCH, chosen), eps, dtype) for x in given]
 
 

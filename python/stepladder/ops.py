@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from stepladder import _C, backends, reference
+from stepladder import _C, backends, ranges, reference
 from stepladder.gram import update_gram_
 from stepladder.matrix_root import inverse_root
 from stepladder.newton_schulz import newton_schulz
@@ -85,7 +85,8 @@ def clip_grad_norm_(
     result_dtype = torch.float64 if wide else torch.float32
     try:
         chosen = {kind: backends.choose(None, kind) for kind in {p.device.type for p in graded}}
-        others = plan.bind_gradients([chosen[p.device.type] for p in graded])
+        with ranges.phase("bind"):
+            others = plan.bind_gradients([chosen[p.device.type] for p in graded])
         device = plan.only_device()
         fixed_tree = norm_type in (1.0, 2.0, math.inf)
         if device is not None and fixed_tree and (found_inf is None or found_inf.device == grads[0].device):
@@ -93,13 +94,15 @@ def clip_grad_norm_(
             flag = torch.empty(1, dtype=torch.float32, device=grads[0].device)
             if error_if_nonfinite:
                 _raise_if_nonfinite(plan.norm(norm_type, 1.0, threads)[0], norm_type)
-            plan.clip_on_device(norm_type, max_norm, norm_and_factor.data_ptr(), flag.data_ptr())
+            with ranges.kernel("clip"):
+                plan.clip_on_device(norm_type, max_norm, norm_and_factor.data_ptr(), flag.data_ptr())
             if found_inf is not None:
                 found_inf.copy_(flag.reshape(found_inf.shape))
             torch._C._increment_version(grads)
             return norm_and_factor[0].to(result_dtype)
         if fixed_tree:
-            norm, finite = plan.norm(norm_type, 1.0, threads)
+            with ranges.phase("norm"):
+                norm, finite = plan.norm(norm_type, 1.0, threads)
             if others:
                 partials = plan.partials()
                 for index in others:
@@ -116,7 +119,8 @@ def clip_grad_norm_(
             _raise_if_nonfinite(norm, norm_type)
         factor = clip_factor(norm, max_norm)
         if factor != 1.0:
-            plan.scale_gradients(factor, threads)
+            with ranges.phase("scale"):
+                plan.scale_gradients(factor, threads)
             for index in others:
                 grads[index].mul_(factor)
             torch._C._increment_version(grads)

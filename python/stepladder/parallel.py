@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from stepladder import ranges
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -47,8 +49,9 @@ def over_threads(function: Callable[[Item], Result], items: Sequence[Item], cost
         return [function(item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -costs[i])
     pool = _pool(threads)
-    waiting = {i: pool.submit(_quietly, function, items[i]) for i in order}
-    wait(waiting.values())
+    with ranges.workers() as carried:
+        waiting = {i: pool.submit(_quietly, carried(function), items[i]) for i in order}
+        wait(waiting.values())
     return [waiting[i].result() for i in range(len(items))]
 
 

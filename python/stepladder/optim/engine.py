@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from stepladder import _C, backends, reference
+from stepladder import _C, backends, ranges, reference
 from stepladder.backends import current_stream
 from stepladder.optim.state import (
     RULES,
@@ -293,7 +293,8 @@ class Engine:
             self._check_capture(optimizer)
         plan = self.plan
         try:
-            stale = self._refresh(optimizer)
+            with ranges.phase("refresh"):
+                stale = self._refresh(optimizer)
             if capturing and (stale is None or stale or not plan.scheduled):
                 raise RuntimeError(
                     "a step cannot be captured into a CUDA graph while parameters, gradients or states are new to "
@@ -304,7 +305,8 @@ class Engine:
                 stale = self._refresh(optimizer)
             assert stale is not None, "the groups changed during the step"
             if stale or self._referred:
-                self._bind(optimizer, stale)
+                with ranges.phase("bind"):
+                    self._bind(optimizer, stale)
             announce = torch._C._increment_version if grad_scale is None else _announce_with_gradients
             device = plan.only_device()
             on_device = (
@@ -319,7 +321,8 @@ class Engine:
                 )
             if on_device:
                 assert device is not None
-                self._run_on_device(device[1], found_inf, grad_scale, announce)
+                with ranges.kernel("update"):
+                    self._run_on_device(device[1], found_inf, grad_scale, announce)
                 return
             if found_inf is not None and float(found_inf) != 0.0:
                 return
@@ -327,12 +330,16 @@ class Engine:
             if factor is None:
                 factor = 1.0
                 if self.max_norm is not None:
-                    factor = clip_factor(self._norm(optimizer, inverse_scale), self.max_norm)
-            plan.run(inverse_scale, factor, torch.get_num_threads(), announce)
+                    with ranges.phase("norm"):
+                        factor = clip_factor(self._norm(optimizer, inverse_scale), self.max_norm)
+            with ranges.phase("run"):
+                plan.run(inverse_scale, factor, torch.get_num_threads(), announce)
             if self._referred:
-                self._run_reference(optimizer, inverse_scale, factor)
+                with ranges.kernel("reference"):
+                    self._run_reference(optimizer, inverse_scale, factor)
         finally:
-            plan.release()
+            with ranges.phase("release"):
+                plan.release()
 
     def _run_on_device(
         self, device: int, found_inf: Tensor | None, grad_scale: Tensor | None, announce: Callable[[list[Tensor]], Any]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepladder import ops, reference
+from stepladder import ops, ranges, reference
 from stepladder.coefficients import CoefficientSet, Triple, resolve
 from stepladder.newton_schulz import (
     KERNEL_DTYPES,
@@ -20,6 +21,7 @@ from stepladder.newton_schulz import (
     options_of,
     run_compiled,
     views_of,
+    work_of,
 )
 from stepladder.reference.muon import adamuon_update, frobenius, normuon_update
 
@@ -144,7 +146,8 @@ def muon_step(jobs: list[MuonJob], backend: str | None = None, factor: float = 1
     """
     for job in jobs:
         if job.backend == "reference":
-            _step_by_reference(job, factor)
+            with ranges.kernel("reference"):
+                _step_by_reference(job, factor)
     jobs = [job for job in jobs if job.backend != "reference"]
     unit = matrix_unit() if any(job.backend == "cpu" for job in jobs) else TORCH
     fused: list[MuonJob] = []
@@ -156,7 +159,9 @@ def muon_step(jobs: list[MuonJob], backend: str | None = None, factor: float = 1
     jobs = rest
     updates: dict[int, Tensor] = {}
     for bunch in _bunches(jobs, lambda job: (job.settings, job.arithmetic, job.param.device)):
-        for job, update in zip(bunch, _momentum(bunch, factor), strict=True):
+        with ranges.kernel("momentum", partial(_momentum_work, bunch)):
+            found = _momentum(bunch, factor)
+        for job, update in zip(bunch, found, strict=True):
             updates[id(job)] = update
     # With a learning rate of 0 only a second moment has a use for the update.
     moving = [job for job in jobs if job.settings.lr != 0.0 or job.second is not None]
@@ -165,7 +170,24 @@ def muon_step(jobs: list[MuonJob], backend: str | None = None, factor: float = 1
         for job, orthogonal in zip(bunch, _orthogonalise(bunch, matrices, backend), strict=True):
             updates[id(job)] = orthogonal
     for bunch in _bunches(moving, lambda job: (job.settings, job.scale, job.param.dtype, job.param.device)):
-        _apply(bunch, [updates[id(job)] for job in bunch])
+        with ranges.kernel("update", partial(_update_work, bunch)):
+            _apply(bunch, [updates[id(job)] for job in bunch])
+
+
+def _momentum_work(jobs: list[MuonJob]) -> ranges.Work:
+    return ranges.Work(bytes=sum(job.grad.nbytes + 2 * job.buffer.nbytes for job in jobs))
+
+
+def _update_work(jobs: list[MuonJob]) -> ranges.Work:
+    return ranges.Work(bytes=sum(2 * job.param.nbytes + job.param.numel() * job.arithmetic.itemsize for job in jobs))
+
+
+def _fused_work(jobs: list[MuonJob], sets: dict[Hashable, CoefficientSet]) -> ranges.Work:
+    """Of momentum, iteration and update in one."""
+    moved = sum(2 * job.param.nbytes + job.grad.nbytes + 2 * job.buffer.nbytes for job in jobs)
+    chosen = [sets[job.settings.ns_coefficients, job.settings.ns_steps] for job in jobs]
+    flops = sum(work_of([job.param], own, "").flops for job, own in zip(jobs, chosen, strict=True))
+    return ranges.Work(moved, flops, "bf16")
 
 
 def _fuses(job: MuonJob, unit: str) -> bool:
@@ -211,7 +233,8 @@ def _step_fused(jobs: list[MuonJob], factor: float, unit: str) -> None:
             how = s.momentum, averages, s.nesterov, factor * s.sign, decay, made
             for w, g, u in zip(views_of(job.param), views_of(grad), views_of(job.buffer), strict=True):
                 matrices.append((job.param.shape[-2], job.param.shape[-1], g, w, options[key], (u, *how)))
-        run_compiled(matrices, backend, device)
+        with ranges.kernel("momentum, newton_schulz, update", partial(_fused_work, bunch, sets)):
+            run_compiled(matrices, backend, device)
     torch._C._increment_version([tensor for job in jobs for tensor in (job.param, job.buffer)])
 
 
@@ -267,7 +290,9 @@ def _orthogonalise(jobs: list[MuonJob], matrices: list[Tensor], backend: str | N
     s = jobs[0].settings
     if jobs[0].arithmetic == torch.float64:
         # What asks for fp64 does not ask for half-precision products.
-        return reference.newton_schulz(matrices, s.ns_coefficients, s.ns_steps, s.ns_method, s.eps)
+        chosen = resolve(s.ns_coefficients, s.ns_steps)
+        with ranges.kernel("newton_schulz", partial(work_of, matrices, chosen, "reference")):
+            return reference.newton_schulz(matrices, s.ns_coefficients, s.ns_steps, s.ns_method, s.eps)
     result = ops.newton_schulz(matrices, s.ns_coefficients, s.ns_steps, s.ns_method, s.eps, backend=backend)
     return list(result)
 

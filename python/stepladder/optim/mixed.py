@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stepladder import backends, reference
+from stepladder import backends, ranges, reference
 from stepladder.newton_schulz import kept_iterations
 from stepladder.optim.adamw import AdamW
 from stepladder.optim.base import SHARED_OPTIONS, Group, Optimizer
@@ -205,15 +205,18 @@ class MixedEngine(Engine):
                 )
         if found_inf is not None and float(found_inf) != 0.0:
             return
-        tasks = self._check(optimizer, capturing)
+        with ranges.phase("check"):
+            tasks = self._check(optimizer, capturing)
         inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
         if self._limit is not None:
-            self._grad_norm = self._total_norm(optimizer, 1.0 if inverse_scale is None else inverse_scale)
+            with ranges.phase("norm"):
+                self._grad_norm = self._total_norm(optimizer, 1.0 if inverse_scale is None else inverse_scale)
             factor = clip_factor(self._grad_norm, self._limit)
         if self.family.elementwise(optimizer.param_groups):
             super().step(optimizer, factor)
         if tasks:
-            self._step_matrices(optimizer, tasks, inverse_scale, 1.0 if factor is None else factor)
+            with ranges.phase("matrices"):
+                self._step_matrices(optimizer, tasks, inverse_scale, 1.0 if factor is None else factor)
         if capturing:
             self._captured |= {id(iteration): iteration for iteration in kept_iterations()}
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stepladder import ranges
 from stepladder.optim import checks
 from stepladder.optim.base import Group
 from stepladder.optim.mixed import Mixed, Task
@@ -253,6 +254,12 @@ def along(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
     if x.ndim == 2:
         return mm(matrix.mT, x) if dim == 0 else mm(x, matrix)
     return times(x, matrix, dim)
+
+
+def projection_work(x: Tensor, sides: Sequence[int | None]) -> ranges.Work:
+    """Of products along the dimensions that have a matrix of these sides, 2n for each element of x."""
+    flops = 2.0 * x.numel() * sum(n for n in sides if n is not None)
+    return ranges.Work(2 * x.nbytes, flops, "fp64" if x.dtype == torch.float64 else "fp32")
 
 
 def each(function: Callable[[Job], None], jobs: Sequence[Job]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from stepladder import ranges
 from stepladder.gram import update_grams
 from stepladder.matrix_root import roots
 from stepladder.optim import checks
@@ -24,6 +25,7 @@ from stepladder.optim.preconditioned import (
     each,
     in_place,
     number,
+    projection_work,
     stored,
 )
 from stepladder.reference.arithmetic import power
@@ -227,11 +229,13 @@ class Shampoo(Preconditioned):
         works = [Work(job) for job in jobs]
         for work in works:
             if work.job.backend == "reference":
-                work.step_by_reference()
+                with ranges.kernel("reference"):
+                    work.step_by_reference()
         works = [work for work in works if work.job.backend != "reference"]
         by_job = {id(work.job): work for work in works}
         each(lambda job: by_job[id(job)].prepare(backend), [work.job for work in works])
-        refresh_roots(works, backend)
+        with ranges.kernel("refresh"):
+            refresh_roots(works, backend)
         each(lambda job: by_job[id(job)].apply(), [work.job for work in works])
 
 
@@ -272,7 +276,8 @@ class Work:
     def prepare(self, backend: str | None) -> None:
         """Whatever comes before the roots."""
         self.update_factors(backend)
-        self.average()
+        with ranges.kernel("momentum", self.average_work):
+            self.average()
 
     def update_factors(self, backend: str | None) -> None:
         """L ← β₂L + (1 - β₂)GGᵀ for each block and dimension."""
@@ -281,6 +286,10 @@ class Work:
         rows = [as_rows(part, dim) for part in parts for dim in range(part.ndim)]
         update_grams(self.factors, rows, beta, 1.0 - beta if beta < 1.0 else 1.0, backend)
         self.job.layout.store(self.job.state["factors"], self.factors)
+
+    def average_work(self) -> ranges.Work:
+        held = sum(self.job.state[name].nbytes for name in ("exp_avg", "exp_avg_sq") if name in self.states)
+        return ranges.Work(bytes=self.job.grad.nbytes + 2 * held)
 
     def average(self) -> None:
         """Momentum, and the grafted method's step."""
@@ -315,13 +324,26 @@ class Work:
         lr = number(job.group, "lr")
         if lr == 0.0:
             return
-        update = self.preconditioned() if self.time >= self.start and self.factors else self.step
+        update = self.step
+        if self.time >= self.start and self.factors:
+            with ranges.kernel("precondition", self.precondition_work):
+                update = self.preconditioned()
         w = job.param.detach()
         decay = 1.0 - lr * number(job.group, "weight_decay")
-        if w.dtype == update.dtype:
-            w.mul_(decay).add_(update.reshape(w.shape), alpha=-lr)
-        else:
-            w.copy_(w.to(update.dtype).mul_(decay).add_(update.reshape(w.shape), alpha=-lr))
+        with ranges.kernel("update", lambda: ranges.Work(bytes=2 * w.nbytes + update.nbytes)):
+            if w.dtype == update.dtype:
+                w.mul_(decay).add_(update.reshape(w.shape), alpha=-lr)
+            else:
+                w.copy_(w.to(update.dtype).mul_(decay).add_(update.reshape(w.shape), alpha=-lr))
+
+    def precondition_work(self) -> ranges.Work:
+        """Of the products alone, block by block."""
+        order = len(self.shape)
+        own = [
+            projection_work(part, self.job.layout.sides[index * order : (index + 1) * order])
+            for index, part in enumerate(blocks(self.smoothed, self.limit))
+        ]
+        return ranges.Work(0.0, sum(work.flops for work in own), own[0].precision)
 
     def preconditioned(self) -> Tensor:
         layout, state = self.job.layout, self.job.state

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from stepladder import ranges
 from stepladder.gram import update_grams
 from stepladder.optim import checks
 from stepladder.optim.base import Group, Optimizer, Options, Params
@@ -23,9 +25,10 @@ from stepladder.optim.preconditioned import (
     each,
     in_place,
     number,
+    projection_work,
     stored,
 )
-from stepladder.orthonormalize import fresh_bases
+from stepladder.orthonormalize import fresh_bases, work_of
 from stepladder.products import mm
 from stepladder.reference.arithmetic import power
 from stepladder.reference.kronecker import as_rows, merged_shape, refresh_due
@@ -198,10 +201,12 @@ class SOAP(Preconditioned):
         works = {id(job): Work(job, backend) for job in jobs}
         each(lambda job: works[id(job)].run(), jobs)
         rotated = [x for work in works.values() for x in work.rotated.values()]
-        fresh = iter(fresh_bases(rotated, backend))
+        with ranges.kernel("orthonormalize", partial(work_of, rotated)):
+            fresh = iter(fresh_bases(rotated, backend))
         for work in works.values():
             work.fresh = {dim: next(fresh) for dim in work.rotated}
-        each(lambda job: works[id(job)].refresh_bases(), [job for job in jobs if works[id(job)].fresh])
+        with ranges.kernel("refresh"):
+            each(lambda job: works[id(job)].refresh_bases(), [job for job in jobs if works[id(job)].fresh])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -242,21 +247,35 @@ class Work:
             # A gradient of zeros has no eigenvectors, and is what initialises states before a checkpoint is loaded.
             return
         if job.backend == "reference" or self.time == 0:
-            failures = self.by_reference()
+            with ranges.kernel("reference"):
+                failures = self.by_reference()
             if self.time > 0 or failures == 0:
                 state["step"] += 1
             return
         state["step"] += 1
-        self.move()
+        with ranges.kernel("update", self.move_work):
+            self.move()
         self.update_factors()
         job.layout.store(state["factors"], self.factors)
         if self.refresh:
-            self.rotate()
+            with ranges.kernel("rotate", self.rotate_work):
+                self.rotate()
+
+    def move_work(self) -> ranges.Work:
+        held = sum(x.nbytes for x in (self.job.param, self.job.state["exp_avg"], self.job.state["exp_avg_sq"]))
+        return ranges.Work(bytes=self.job.grad.nbytes + 2 * held)
+
+    def rotate_work(self) -> ranges.Work:
+        """LQ for all dimensions, whether it is then found to be needed or not."""
+        flops = sum(2.0 * factor.shape[0] ** 3 for factor in self.factors if factor is not None)
+        return ranges.Work(0.0, flops, "fp64" if self.job.grad.dtype == torch.float64 else "fp32")
 
     def move(self) -> None:
         """Adam in the eigenbases."""
         job, state, g = self.job, self.job.state, self.job.grad
-        projected = project(g, self.bases, transposed=True)
+        work = partial(projection_work, g, self.job.layout.sides)
+        with ranges.kernel("project", work):
+            projected = project(g, self.bases, transposed=True)
         m = in_place(state["exp_avg"], g.shape, g.dtype)
         v = in_place(state["exp_avg_sq"], g.shape, g.dtype)
         m.lerp_(projected, 1.0 - self.betas[0])
@@ -274,7 +293,8 @@ class Work:
         # Without bases the projected gradient is the gradient itself.
         update = torch.sqrt(v) if projected is g else torch.sqrt(v, out=projected)
         torch.div(m, update.add_(number(job.group, "eps")), out=update)
-        update = project(update, self.bases, transposed=False)
+        with ranges.kernel("project", work):
+            update = project(update, self.bases, transposed=False)
         w = job.param.detach()
         decay = 1.0 - lr * number(job.group, "weight_decay")
         if w.dtype == update.dtype:
@@ -353,7 +373,9 @@ class Work:
                 exact = torch.linalg.vecdot(new, mm(factor, new.contiguous()), dim=0)
                 values.copy_(torch.where(good, exact, values))
             bases[dim] = new
-        m = project(project(m, self.bases, transposed=False), bases, transposed=True)
+        for own, transposed in ((self.bases, False), (bases, True)):
+            with ranges.kernel("project", partial(projection_work, m, job.layout.sides)):
+                m = project(m, own, transposed)
         stored(state["exp_avg"], m)
         stored(state["exp_avg_sq"], v)
         for dim in self.fresh:
