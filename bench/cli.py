@@ -10,6 +10,7 @@ from typing import IO, Any, TypeVar
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.console import Console
 
 from stepladder import backends
@@ -22,7 +23,7 @@ from stepladder.bench.measure import Settings
 from stepladder.bench.measurement import merged
 from stepladder.bench.processes import machine_of
 from stepladder.bench.rivals import NAMES
-from stepladder.bench.runner import DTYPE_NAMES, MATRICES, PROCESSES, SHAPES, Chosen, Outcome, run
+from stepladder.bench.runner import COMPARED, DTYPE_NAMES, MATRICES, PROCESSES, SHAPES, Chosen, Outcome, run
 from stepladder.bench.runner import OPTIMIZERS as DEFAULT_OPTIMIZERS
 from stepladder.bench.shapes import MATRIX_SETS, SETS, shapes_of
 from stepladder.bench.subjects import KERNELS, OPTIMIZERS
@@ -121,7 +122,8 @@ METRICS_HELP = ", ".join((*METRICS, CHANGE))
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
-    help=f"Fresh ones, in each of which every case is measured. [default: {PROCESSES}; on a GPU and with --quick, 1]",
+    help=f"Fresh ones, in each of which every case is measured. [default: {PROCESSES}; with --base, {COMPARED}; else on "
+    "a GPU and with --quick, 1]",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of torch and of our kernels. [default: torch's choice]")
 @click.option("--fresh-grads", is_flag=True, help="Reallocate the gradients before each step, outside of its time.")
@@ -190,9 +192,11 @@ def bench(
     if not screen.is_terminal:
         screen.width = WIDTH
     commit = base_run if isinstance(base_run, str) else None
+    for condition in conditions:
+        if condition.metric == CHANGE and base_run is None:
+            raise click.UsageError(f"--fail-if {condition.text} needs --base")
     if earlier is not None:
-        if commit:
-            raise click.UsageError("--read measures nothing: --base of a revision does not go with it")
+        _refuse_with_read(commit)
         outcome = Outcome(earlier)
         screen.print(report.header(earlier.machine), highlight=False)
         settings = Settings()
@@ -212,7 +216,7 @@ def bench(
                 raise click.UsageError(f"--fail-if {condition.text}: nothing named {condition.pattern} is measured")
         if threads:
             torch.set_num_threads(threads)
-        count = processes or (1 if quick or (ours and not base_run) else PROCESSES)
+        count = processes or (COMPARED if base_run else 1 if quick or ours else PROCESSES)
         settings = Settings(0.0 if quick else seconds / count, fresh_grads=fresh_grads)
         outcome = Outcome(files.Run(_machine(ours)))
         screen.print((gpu_report if ours else report).header(outcome.now.machine), highlight=False)
@@ -238,6 +242,22 @@ def bench(
         failures += [f"{line} ({condition.text})" for line in condition.met(outcome.now.cases, changes)]
     if failures:
         raise click.ClickException("; ".join(failures))
+
+
+# Options that say what is measured and how.
+MEASURED = ("optimizers", "kernels", "shape_sets", "dtypes", "rivals", "device", "backend_names", "everything", "quick")
+MEASURED_SO = ("seconds", "processes", "threads", "fresh_grads")
+
+
+def _refuse_with_read(commit: str | None) -> None:
+    """Refuse what asks for a measurement."""
+    if commit:
+        raise click.UsageError("--read measures nothing: --base of a revision does not go with it")
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+        if given and parameter.name in (*MEASURED, *MEASURED_SO):
+            raise click.UsageError(f"--read measures nothing: {parameter.opts[0]} does not go with it")
 
 
 def _machine(ours: tuple[str, ...]) -> dict[str, Any]:

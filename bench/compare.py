@@ -1,14 +1,15 @@
 """Which cases take longer or shorter than in an earlier run, or in another build, by more than the noise.
 
 Milliseconds of two runs on a machine that others use are not comparable: what is, is ours beside the others that took
-turns with it, rivals and yardstick. The score of a process is the median over its rounds of log(ours) less the mean of
-log(others). Processes are the independent samples, and Welch's interval for the difference of two means of scores says
-how far the two runs can be apart. It is wide enough that a run in which nothing has changed flags anything at all with
-a probability of at most WRONG, however many cases it has (Bonferroni).
+turns with it, rivals and yardstick. The score of a process is the logarithm of our median time less the mean of those
+of the others. Processes are the independent samples, and Welch's interval for the difference of two means of scores
+says how far the two runs can be apart. It is wide enough that a run in which nothing has changed flags anything at all
+with a probability of at most WRONG, however many cases it has (Bonferroni).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from stepladder.bench.measurement import OWN, SCALE, Measurement
 # The probability that a comparison of two equal builds flags any of its cases.
 WRONG = 0.01
 FEWEST_PROCESSES = 2
+# Where intervals end: at a factor of a thousand. Two processes each say next to nothing.
+WIDEST = math.log(1000.0)
 SLOWER, FASTER, SAME, UNKNOWN = "slower", "faster", "within the noise", "unknown"
 
 
@@ -68,7 +71,8 @@ def compare(base: Sequence[Measurement], now: Sequence[Measurement]) -> list[Cha
     """
     before = {measurement.key: measurement for measurement in base}
     pairs = [(before.get(m.key), m, name) for m in now for name, c in m.contenders.items() if c.role == OWN]
-    return [_change(old, new, name, len(pairs)) for old, new, name in pairs]
+    comparisons = sum(old is not None and name in old.contenders for old, _, name in pairs)
+    return [_change(old, new, name, comparisons) for old, new, name in pairs]
 
 
 def _change(old: Measurement | None, new: Measurement, name: str, comparisons: int) -> Change:
@@ -101,14 +105,14 @@ def _change(old: Measurement | None, new: Measurement, name: str, comparisons: i
 
 
 def _part(logarithm: float) -> float:
-    return float(np.expm1(logarithm))
+    return float(np.expm1(np.clip(logarithm, -WIDEST, WIDEST)))
 
 
 def scores(measurement: Measurement, name: str, others: Collection[str]) -> NDArray[np.float64]:
-    """The score of each process: log of one contender's time in units of the others', the median over rounds."""
-    contenders = measurement.contenders
-    found = []
-    for process, ours in enumerate(contenders[name].ms):
-        beside = np.mean([np.log(contenders[other].ms[process]) for other in others], axis=0)
-        found.append(np.median(np.log(ours) - beside))
-    return np.array(found)
+    """The score of each process: the logarithm of a contender's median time in units of the others'."""
+    logarithms = {
+        contender: np.log([np.median(turns) for turns in measurement.contenders[contender].ms])
+        for contender in (name, *others)
+    }
+    beside: NDArray[np.float64] = np.mean([logarithms[other] for other in others], axis=0)
+    return logarithms[name] - beside

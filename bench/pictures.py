@@ -52,7 +52,7 @@ def write_png(file: IO[bytes], run: Run) -> None:
         for case in cases:
             ticks[row] = f"{case.case} {case.dtype}"
             for name, ratio in case.ratios.items():
-                axis.barh(row, ratio.median, color=color[name], alpha=_opacity(case, name))
+                axis.barh(row, ratio.median - 1.0, left=1.0, color=color[name], alpha=_opacity(case, name))
                 axis.plot([ratio.p20, ratio.p80], [row, row], color="#222", linewidth=1)
                 axis.annotate(
                     f"{name} {ratio.median:.3g}",
@@ -149,18 +149,23 @@ def _speedups(cases: Sequence[Measurement], color: Mapping[str, str]) -> Any:
                 name=name,
                 orientation="h",
                 y=[f"{case.case} {case.dtype}" for case in having],
-                x=[ratio.median for ratio in ratios],
+                # From 1 on, to the right where ours is faster.
+                base=1.0,
+                x=[ratio.median - 1.0 for ratio in ratios],
                 error_x=spread,
                 text=[f"{ratio.median:.3g}" for ratio in ratios],
                 textposition="inside",
+                insidetextanchor="start",
                 marker={"color": color[name], "opacity": [_opacity(case, name) for case in having]},
-                hovertemplate="%{y}, %{fullData.name}: %{x:.3g} times as long<extra></extra>",
+                hovertemplate="%{y}, %{fullData.name}: %{text} times as long<extra></extra>",
             )
         )
+    ends = [end for case in cases for ratio in case.ratios.values() for end in ratio]
+    narrow = max(*ends, 1.0) < 100.0 * min(*ends, 1.0)
     figure = _figure(
         traces,
         MARGIN + 40 + ROW * sum(len(case.ratios) + 1 for case in cases),
-        xaxis={"type": "log", "title": {"text": "× ours"}, "dtick": "D2"},
+        xaxis={"type": "log", "title": {"text": "× ours"}, "dtick": "D2" if narrow else 1},
         yaxis={"autorange": "reversed"},
     )
     return figure.add_vline(1.0, line={"dash": "dash", "width": 1})
@@ -286,7 +291,7 @@ def _comparison(changes: Sequence[Change]) -> Any:
     figure = _figure(
         [dots],
         MARGIN + ROW * len(known),
-        xaxis={"title": {"text": "percent more time than the base"}},
+        xaxis={"title": {"text": "% more time"}},
         yaxis={"autorange": "reversed"},
     )
     return figure.add_vline(0.0, line={"dash": "dash", "width": 1})

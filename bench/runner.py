@@ -29,7 +29,8 @@ SHAPES = ("1000x768", "400x4096", "48x1M", "gpt2")
 QUICK_SHAPES = ("1000x768", "400x4096")
 # Those that fill a GPU, beside those that keep its host busy.
 GPU_SHAPES = ("1000x768", "465-groups", "48x1M", "gpt2", "llama-1b")
-PROCESSES = 5
+# How many measure by default, and where two runs are compared.
+PROCESSES, COMPARED = 5, 8
 
 
 @dataclass(frozen=True)
