@@ -75,6 +75,7 @@ def _base(context: click.Context, parameter: click.Parameter, value: str | None)
     """The earlier results of a file, or the commit that a revision means."""
     if value is None:
         return None
+    output.refuse_without("base")
     if Path(value).is_file():
         return _read(Path(value))
     try:
@@ -122,8 +123,8 @@ METRICS_HELP = ", ".join((*METRICS, CHANGE))
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
-    help=f"Fresh ones, in each of which every case is measured. [default: {PROCESSES}; with --base, {COMPARED}; else on "
-    "a GPU and with --quick, 1]",
+    help=f"Fresh ones, in each of which every case is measured. [default: {PROCESSES}; with --base, {COMPARED}; "
+    "else on a GPU and with --quick, 1]",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of torch and of our kernels. [default: torch's choice]")
 @click.option("--fresh-grads", is_flag=True, help="Reallocate the gradients before each step, outside of its time.")

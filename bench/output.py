@@ -10,14 +10,15 @@ from typing import IO, Any
 
 import click
 
-# What each kind of file needs.
-NEEDS = {"png": "matplotlib", "html": "plotly"}
+# What each kind of file, and a comparison, needs beyond the package's own dependencies, and the extra that has it.
+NEEDS = {"png": ("matplotlib", "plot"), "html": ("plotly", "plot"), "base": ("scipy", "bench")}
 
 
-def missing(kind: str) -> str | None:
-    """The package that a kind of file needs and that is not installed, if any."""
-    package = NEEDS.get(kind)
-    return package if package and find_spec(package) is None else None
+def refuse_without(kind: str) -> None:
+    """Refuse a kind of file, or a comparison, that needs a package which is not installed."""
+    package, extra = NEEDS.get(kind, (None, ""))
+    if package and find_spec(package) is None:
+        raise click.BadParameter(f"needs {package}, which is not installed: pip install 'stepladder[{extra}]'")
 
 
 def can_be_written(context: click.Context, parameter: click.Parameter, file: Path | None) -> Path | None:
@@ -29,9 +30,7 @@ def can_be_written(context: click.Context, parameter: click.Parameter, file: Pat
             pass
     except OSError as error:
         raise click.BadParameter(f"'{file}' cannot be written: {error.strerror}") from error
-    package = missing(str(parameter.name).removesuffix("_file"))
-    if package:
-        raise click.BadParameter(f"needs {package}, which is not installed: pip install 'stepladder[plot]'")
+    refuse_without(str(parameter.name).removesuffix("_file"))
     return file
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from stepladder.bench import cli, files, preconditioners, processes, runner
+from stepladder.bench import cli, files, output, preconditioners, processes, runner
 from stepladder.bench.compare import FASTER, SAME, SLOWER, UNKNOWN, WRONG, compare
 from stepladder.bench.conditions import parse
 from stepladder.bench.matrices import Cpu
@@ -345,6 +345,14 @@ def test_a_damaged_case_is_refused(name, value):
     values["contenders"][OURS]["ms"] = [[1.0]]
     with pytest.raises(ValueError, match="different numbers of turns"):
         files.from_dict(values)
+
+
+@pytest.mark.parametrize(("option", "package"), [("--base", "scipy"), ("--png", "matplotlib"), ("--html", "plotly")])
+def test_what_is_not_installed_is_said(option, package, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    done = CliRunner().invoke(cli.bench, [f"{option}={tmp_path / 'file'}"])
+    assert done.exit_code == 2
+    assert f"needs {package}, which is not installed: pip install 'stepladder[" in " ".join(done.output.split())
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
