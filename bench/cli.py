@@ -199,7 +199,7 @@ def bench(
     if earlier is not None:
         _refuse_with_read(commit)
         outcome = Outcome(earlier)
-        screen.print(report.header(earlier.machine), highlight=False)
+        screen.print(report.header(earlier.machine), highlight=False, markup=False)
         settings = Settings()
     else:
         if backend_names and device == "cpu":
@@ -220,7 +220,7 @@ def bench(
         count = processes or (COMPARED if base_run else 1 if quick or ours else PROCESSES)
         settings = Settings(0.0 if quick else seconds / count, fresh_grads=fresh_grads)
         outcome = Outcome(files.Run(_machine(ours)))
-        screen.print((gpu_report if ours else report).header(outcome.now.machine), highlight=False)
+        screen.print((gpu_report if ours else report).header(outcome.now.machine), highlight=False, markup=False)
         if (json_file or html_file) and not ours:
             outcome.now.ceilings = roofline.ceilings()
         try:

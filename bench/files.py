@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from stepladder.bench.cases import CASES
 from stepladder.bench.measurement import OURS, OWN, RIVAL, SCALE, Contender, Measurement, from_dict, merged
 from stepladder.bench.report import FORMAT
 from stepladder.bench.rivals import ADAMW
+from stepladder.bench.roofline import CEILINGS
 from stepladder.bench.shapes import elements, shapes_of
 
 
@@ -54,6 +56,12 @@ def _ours(values: Mapping[str, Any]) -> Run:
     machine, cases, ceilings = values.get("machine"), values.get("cases"), values.get("ceilings", {})
     if not isinstance(machine, dict) or not isinstance(cases, list) or not isinstance(ceilings, dict):
         raise ValueError("it lacks the machine or the cases that `stepladder bench --json` writes")
+    try:
+        ceilings = {name: float(ceilings[name]) for name in CEILINGS} if ceilings else {}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its ceilings lack one of {', '.join(CEILINGS)}, or it is no number") from error
+    if not all(0.0 < ceiling < math.inf for ceiling in ceilings.values()):
+        raise ValueError(f"its ceilings must be above 0, and are {ceilings}")
     return Run(machine, merged(from_dict(case) for case in cases), ceilings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 OURS = "stepladder"
 YARDSTICK = "a += b"
 # What a contender is: ours; another form of the same rule or function; another rule, for scale; a copy or the like.
-OWN, RIVAL, SCALE, MEASURE = "ours", "rival", "scale", "yardstick"
+ROLES = OWN, RIVAL, SCALE, MEASURE = "ours", "rival", "scale", "yardstick"
 
 
 class Quantiles(NamedTuple):
@@ -199,7 +200,9 @@ def from_dict(values: Mapping[str, Any]) -> Measurement:
         own = {name: values[name] for name in Measurement.__dataclass_fields__}
         own["contenders"] = {str(name): _contender(c) for name, c in own["contenders"].items()}
         found = Measurement(**own)
-        names = (found.kind, found.case, found.shapes, found.dtype)
+        names = (found.kind, found.case, found.shapes, found.dtype, *found.absent, *found.absent.values())
+        if not 0 < found.tensors <= found.elements:
+            raise ValueError(f"it has {found.tensors} tensors of {found.elements} elements")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"a case is not as stepladder writes it: {type(error).__name__}: {error}") from error
     if not all(isinstance(name, str) for name in names):
@@ -213,8 +216,14 @@ def from_dict(values: Mapping[str, Any]) -> Measurement:
 def _contender(values: Mapping[str, Any]) -> Contender:
     found = Contender(**values)
     found.ms = [[float(ms) for ms in turns] for turns in found.ms]
+    found.host_ms = [float(ms) for ms in found.host_ms]
     if not found.ms or not all(found.ms) or not all(0.0 < ms < float("inf") for turns in found.ms for ms in turns):
         raise ValueError(f"expected turns of more than 0 milliseconds, got {str(values['ms'])[:60]}")
+    if found.role not in ROLES or not isinstance(found.check, str):
+        raise ValueError(f"expected a role of {', '.join(ROLES)}, got {found.role!r}")
+    counts = (found.moved, found.flops, found.error, found.state_bytes, *found.host_ms)
+    if not all(count is None or math.isfinite(count) for count in counts):
+        raise ValueError(f"expected counts, got {counts}")
     return found
 
 

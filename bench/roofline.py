@@ -18,6 +18,8 @@ from stepladder.bench.workload import make_parameters
 ARITHMETIC = frozenset(
     {"add", "sub", "rsub", "mul", "div", "sqrt", "reciprocal", "neg", "abs", "maximum", "sum", "lerp"}
 )
+# What `ceilings` measures.
+CEILINGS = ("gb_per_s", "gflops")
 SIDE = 2048
 TRIES = 5
 

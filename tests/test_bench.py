@@ -154,6 +154,7 @@ def test_what_is_no_condition_is_refused(text):
 def test_matrices_have_the_form_of_all_results(name, monkeypatch):
     # Which takes its time, and is tested beside bench-preconditioners.
     monkeypatch.setattr(preconditioners, "checked", lambda family: 1e-6)
+    torch.set_num_threads(1)
     found = SUBJECTS[name].measure(Cpu(), "2x24x24", "fp32", (), QUICK, None)
     assert (found.red, found.skipped, found.tensors, found.elements) == (None, None, 2, 2 * 24 * 24)
     ours = found.contenders[OURS]
@@ -199,7 +200,9 @@ def measured(tmp_path_factory):
     """Two processes of one optimizer and one kernel, by the command, with all of its files."""
     folder = tmp_path_factory.mktemp("bench")
     options = [f"--{kind}={folder / f'out.{kind}'}" for kind in ("json", "csv", "png", "html")]
-    done = CliRunner().invoke(cli.bench, [*CHOSEN, "--processes=2", "--seconds=0", *options])
+    threads = torch.get_num_threads()
+    done = CliRunner().invoke(cli.bench, [*CHOSEN, "--threads=1", "--processes=2", "--seconds=0", *options])
+    torch.set_num_threads(threads)
     assert done.exit_code == 0, done.output
     return folder
 
@@ -266,7 +269,7 @@ def test_pytest_benchmark_is_read(tmp_path):
     file = tmp_path / "benchmark.json"
     steps = [f"bench/test_optimizers.py::test_step[400x4096-adamw-fp32-{name}]" for name in ("fused", OURS)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--benchmark-json={file}", *steps]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     (case,) = files.read(file).cases
     assert case.key == ("adamw", "400x4096", "fp32")
@@ -325,6 +328,10 @@ def test_bad_input_is_refused_in_a_line(options, code, message, measured):
         (b'{"format": "stepladder bench 1"}', "it lacks the machine or the cases"),
         (b'{"format": "stepladder bench 1", "machine": {}, "cases": [{}]}', "a case is not as stepladder writes it"),
         (b'{"format": "stepladder bench 1", "machine": {}, "cases": [3]}', "a case is not as stepladder writes it"),
+        (
+            b'{"format": "stepladder bench 1", "machine": {}, "cases": [], "ceilings": {"a": 1}}',
+            "its ceilings lack one",
+        ),
     ],
 )
 def test_a_base_that_is_none_is_refused(content, message, tmp_path):
@@ -336,12 +343,26 @@ def test_a_base_that_is_none_is_refused(content, message, tmp_path):
     assert isinstance(done.exception, SystemExit)
 
 
-@pytest.mark.parametrize(("name", "value"), [("ms", []), ("ms", [[]]), ("ms", [[-1.0]]), ("ms", [["x"]]), ("ms", 3)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ms", []),
+        ("ms", [[]]),
+        ("ms", [[-1.0]]),
+        ("ms", [["x"]]),
+        ("ms", 3),
+        ("moved", "x"),
+        ("flops", float("nan")),
+        ("role", "rivals"),
+        ("host_ms", [None]),
+    ],
+)
 def test_a_damaged_case_is_refused(name, value):
     values = synthetic(np.random.default_rng(8)).as_dict()
     values["contenders"][OURS][name] = value
     with pytest.raises(ValueError, match="a case is not as stepladder writes it"):
         files.from_dict(values)
+    values = synthetic(np.random.default_rng(8)).as_dict()
     values["contenders"][OURS]["ms"] = [[1.0]]
     with pytest.raises(ValueError, match="different numbers of turns"):
         files.from_dict(values)
