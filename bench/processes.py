@@ -4,8 +4,7 @@ Two runs of one build differ by more than the rounds of either: where memory lie
 the machine does. So each case is measured in several processes, far apart in time, and how they differ is the noise to
 which a difference between two runs is held.
 
-`python -m stepladder.bench.processes` is such a process: it reads requests, a line of JSON each, and answers each with
-a line.
+Such a process runs `serve`: it reads requests, a line of JSON each, and answers each with a line.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
@@ -81,14 +81,16 @@ class Worker:
 
     def __init__(self, threads: int, site: Path | None = None) -> None:
         path = [str(site)] if site else []
-        path += filter(None, [os.environ.get("PYTHONPATH")])
+        path += map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+        # No pipe, which would fill up: nobody reads it before the process ends.
+        self._errors = TemporaryFile("w+", errors="replace")  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
             # Isolated from the current directory, which may hold a stepladder, too.
             [sys.executable, "-c", f"from {__name__} import serve; serve({threads})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             env=environment,
             cwd=site or Path(sys.prefix),
             text=True,
@@ -115,16 +117,18 @@ class Worker:
         return from_dict(json.loads(answer))
 
     def _last_words(self) -> str:
-        _, errors = self._process.communicate()
+        self._process.communicate()
         code = self._process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        lines = [line for line in errors.splitlines() if line.strip()]
+        self._errors.seek(0)
+        lines = [line for line in self._errors if line.strip()]
         return f"{how}: {lines[-1].strip()[:LONGEST_REASON]}" if lines else how
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.communicate()
+        self._errors.close()
 
 
 def serve(threads: int) -> None:
