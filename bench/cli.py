@@ -200,7 +200,7 @@ def bench(
         _refuse_with_read(commit)
         outcome = Outcome(earlier)
         screen.print(report.header(earlier.machine), highlight=False, markup=False)
-        settings = Settings()
+        settings = None
     else:
         if backend_names and device == "cpu":
             raise click.UsageError("--backend chooses among the backends of a GPU: it needs --device cuda")
@@ -230,8 +230,7 @@ def bench(
     if isinstance(base_run, files.Run):
         outcome.base = base_run.cases
     changes = compare(outcome.base, outcome.now.cases) if outcome.base is not None else []
-    details = outcome.details
-    screen.print(gpu_report.tables(details) if details else report.tables(outcome.now.cases))
+    screen.print(gpu_report.tables(outcome.details) if outcome.detailed else report.tables(outcome.now.cases))
     if outcome.base is not None:
         screen.print(report.comparison(changes))
     written = _write(outcome, settings, changes, json_file, csv_file, png_file, html_file)
@@ -245,9 +244,8 @@ def bench(
         raise click.ClickException("; ".join(failures))
 
 
-# Options that say what is measured and how.
-MEASURED = ("optimizers", "kernels", "shape_sets", "dtypes", "rivals", "device", "backend_names", "everything", "quick")
-MEASURED_SO = ("seconds", "processes", "threads", "fresh_grads")
+# Options that go with --read.
+READING = ("earlier", "base_run", "conditions", "json_file", "csv_file", "png_file", "html_file")
 
 
 def _refuse_with_read(commit: str | None) -> None:
@@ -257,7 +255,7 @@ def _refuse_with_read(commit: str | None) -> None:
     context = click.get_current_context()
     for parameter in context.command.params:
         given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
-        if given and parameter.name in (*MEASURED, *MEASURED_SO):
+        if given and parameter.name not in READING:
             raise click.UsageError(f"--read measures nothing: {parameter.opts[0]} does not go with it")
 
 
@@ -279,7 +277,7 @@ def _ours(names: tuple[str, ...]) -> list[str]:
 
 def _write(
     outcome: Outcome,
-    settings: Settings,
+    settings: Settings | None,
     changes: Sequence[Change],
     json_file: Path | None,
     csv_file: Path | None,
@@ -287,17 +285,16 @@ def _write(
     html_file: Path | None,
 ) -> list[Path]:
     """The files that were written."""
-    now, details = outcome.now, outcome.details
+    now = outcome.now
 
     def dump(file: IO[str]) -> None:
         values = report.as_json(now.machine, settings, now.cases, ceilings=now.ceilings, changes=changes)
-        if details:
-            values = gpu_report.as_json(now.machine, settings, details)
+        values |= gpu_report.as_json(outcome.details)
         json.dump(values, file, indent=1, allow_nan=False)
 
     def rows(file: IO[str]) -> None:
-        if details:
-            gpu_report.write_csv(file, now.machine, details)
+        if outcome.detailed:
+            gpu_report.write_csv(file, now.machine, outcome.details)
         else:
             report.write_csv(file, now.machine, now.cases)
 

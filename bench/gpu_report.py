@@ -15,9 +15,7 @@ from rich.text import Text
 
 from stepladder.bench import gpu
 from stepladder.bench.gpu import COPY, Gpu, GpuResult
-from stepladder.bench.measure import Settings
 from stepladder.bench.measurement import MEASURE, OURS, OWN, RIVAL, SCALE, Contender, Measurement, Quantiles
-from stepladder.bench.report import as_json as as_cases
 from stepladder.bench.report import cell, write_rows
 from stepladder.bench.results import GREEN
 from stepladder.bench.rivals import ADAMW, COMPILED, NOT_INSTALLED
@@ -126,13 +124,13 @@ def _median(quantiles: Quantiles | None) -> str:
     return "" if quantiles is None else f"{quantiles.median:.3g}"
 
 
-def as_json(facts: dict[str, Any], settings: Settings, results: Iterable[GpuResult]) -> dict[str, Any]:
-    """Everything that is known, ready for json.dump."""
+def as_json(results: Iterable[GpuResult]) -> dict[str, Any]:
+    """What the form that all cases share does not hold, ready for json.dump."""
     rows = []
     for result in results:
         contenders = {name: _as_dict(contender) for name, contender in result.contenders.items()}
         rows.append(asdict(result) | {"contenders": contenders})
-    return as_cases(facts, settings, map(measurement, results)) | {"results": rows}
+    return {"results": rows} if rows else {}
 
 
 def measurement(result: GpuResult) -> Measurement:

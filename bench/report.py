@@ -186,7 +186,7 @@ def _ratio(rival: str, result: Measurement) -> Text:
 
 def as_json(
     facts: dict[str, Any],
-    settings: Settings,
+    settings: Settings | None,
     results: Iterable[Measurement],
     ceilings: Mapping[str, float] = MappingProxyType({}),
     changes: Iterable[Change] = (),
@@ -195,14 +195,19 @@ def as_json(
 
     Args:
         facts: Of the machine.
-        settings: How long each process has measured a case.
+        settings: How long each process has measured a case; None where that is not known.
         results: The cases.
         ceilings: As of `roofline.ceilings`.
         changes: Against a base.
     """
     cases = [result.as_dict() for result in results]
     compared = [asdict(change) for change in changes]
-    values = {"format": FORMAT, "machine": facts, "settings": asdict(settings), "ceilings": dict(ceilings)}
+    values = {
+        "format": FORMAT,
+        "machine": facts,
+        "settings": asdict(settings) if settings else None,
+        "ceilings": dict(ceilings),
+    }
     return values | {"cases": cases, "changes": compared}
 
 

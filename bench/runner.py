@@ -121,6 +121,11 @@ class Outcome:
     details: list[gpu.GpuResult] = field(default_factory=list)
     stopped: str | None = None
 
+    @property
+    def detailed(self) -> bool:
+        """Whether there are details of all that was measured."""
+        return bool(self.details) and len(self.details) == len(self.now.cases)
+
     def add(self, name: str, measurement: Measurement) -> None:
         """Take in a case of one process of a build."""
         cases = self.now.cases if name == NOW else self.base

@@ -245,7 +245,7 @@ def test_files_have_a_row_for_each_contender(tmp_path):
     assert float(rows[0]["share"]) > 0
     assert rows[0]["ratio_median"] == rows[0]["launches"] == ""
     assert float(rows[1]["ratio_p20"]) <= float(rows[1]["ratio_median"]) <= float(rows[1]["ratio_p80"])
-    written = json.loads(json.dumps(gpu_report.as_json(FACTS, QUICK, results)))
+    written = json.loads(json.dumps(gpu_report.as_json(results)))
     assert written["results"][0]["contenders"]["fused"]["ratio"]["median"] > 0
     shown = gpu_report.tables(results)
     from rich.console import Console
