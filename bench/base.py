@@ -55,7 +55,8 @@ def built(commit: str, directory: Path) -> Iterator[Path]:
     Raises:
         Failure: It does not build.
     """
-    with TemporaryDirectory(prefix=f"{PACKAGE}-{commit[:12]}-") as temporary:
+    # What is interrupted may still be writing there.
+    with TemporaryDirectory(prefix=f"{PACKAGE}-{commit[:12]}-", ignore_cleanup_errors=True) as temporary:
         source, site = Path(temporary) / "source", Path(temporary) / "site"
         _git(directory, "worktree", "add", "--detach", str(source), commit)
         try:

@@ -21,7 +21,7 @@ ARITHMETIC = frozenset(
 # What `ceilings` measures.
 CEILINGS = ("gb_per_s", "gflops")
 SIDE = 2048
-TRIES = 5
+TRIES = 3
 
 
 class _Count(TorchDispatchMode):
