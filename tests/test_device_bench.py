@@ -289,6 +289,19 @@ def test_command_on_a_gpu(monkeypatch, tmp_path):
     assert {v.reached for v in targets.verdicts(found)} == {None}
 
 
+def test_measuring_processes_know_the_gpu(monkeypatch):
+    processes.machine_of.cache_clear()
+    monkeypatch.setattr(gpu, "Gpu", FakeGpu)
+    ours = ("cpu", "reference")
+    step = processes.measure(processes.Spec("adamw", "1000x768", "fp32", ("fused",), ours), QUICK)
+    assert [contender.role for contender in step.contenders.values()] == ["ours", "ours", "rival", "yardstick"]
+    kernel = processes.measure(processes.Spec("newton_schulz", "2x20x30", "fp32", (), ours), QUICK)
+    assert list(kernel.contenders) == ["stepladder-cpu", "stepladder-reference", "torch", "torch compiled"]
+    muon = processes.measure(processes.Spec("muon", "2x20x30", "fp32", (), ours), QUICK)
+    assert [contender.role for contender in muon.contenders.values()] == ["ours", "ours", "rival"]
+    processes.machine_of.cache_clear()
+
+
 def row(optimizer, dtype, shapes, elements, ours=None, fused=None):
     def spread(value):
         return {"median": value, "p20": value, "p80": value}
