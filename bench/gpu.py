@@ -24,7 +24,8 @@ from stepladder import _C, backends
 from stepladder.bench.cases import DTYPES, Case
 from stepladder.bench.check import Verdict, check, check_in_full, said, sample
 from stepladder.bench.measure import CACHED, OURS, Contenders, Settings, no_collection, wanted
-from stepladder.bench.results import RESERVE, Quantiles, fit, gib, own_memory
+from stepladder.bench.measurement import Quantiles
+from stepladder.bench.results import RESERVE, fit, gib, own_memory
 from stepladder.bench.rivals import Rival, rivals_of
 from stepladder.bench.shapes import APART, SETS, Shapes, elements
 from stepladder.bench.workload import Source
@@ -125,6 +126,8 @@ class Contender:
         host_fresh_ms: `host_ms` with gradients that were reallocated; ours only.
         replay_ms: `ms` of a replay of the step from a graph.
         replay_host_ms: `host_ms` of it.
+        samples: `ms` of each round.
+        moved: Bytes that the step must move; None for another rule.
     """
 
     ms: Quantiles
@@ -138,6 +141,8 @@ class Contender:
     host_fresh_ms: Quantiles | None = None
     replay_ms: Quantiles | None = None
     replay_host_ms: Quantiles | None = None
+    samples: list[float] = field(default_factory=list)
+    moved: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,8 @@ class GpuResult:
         absent: Contenders that have no number, and why.
         rounds: Samples behind each number.
         bandwidth: Of the device-to-device copy in the same rounds, in GB/s, bytes read and written.
+        copy_ms: Milliseconds of the copy in each round.
+        copy_moved: Bytes that it reads and writes.
         contenders: By name, ours first.
     """
 
@@ -170,6 +177,8 @@ class GpuResult:
     absent: dict[str, str] = field(default_factory=dict)
     rounds: int = 0
     bandwidth: float | None = None
+    copy_ms: list[float] = field(default_factory=list)
+    copy_moved: int = 0
     contenders: dict[str, Contender] = field(default_factory=dict)
 
 
@@ -360,9 +369,12 @@ class _Measurement:
                 Quantiles.of(device / first[2]) if times[name] is not first else None,
                 speed,
                 speed and speed / bandwidth,
+                samples=total.tolist(),
+                moved=self._moved if self._same_rule(name) else None,
                 **extra[name],
             )
-        return replace(result, absent=absent, rounds=rounds, bandwidth=bandwidth, contenders=measured)
+        copied = {"bandwidth": bandwidth, "copy_ms": times[COPY][2].tolist(), "copy_moved": self._copy.moved}
+        return replace(result, absent=absent, rounds=rounds, contenders=measured, **copied)
 
     def _same_rule(self, name: str) -> bool:
         return name in self._ours or self._rivals[name].same_rule

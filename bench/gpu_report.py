@@ -13,10 +13,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from stepladder.bench.gpu import Contender, Gpu, GpuResult
-from stepladder.bench.measure import OURS, Settings
-from stepladder.bench.report import GREEN, cell, write_rows
-from stepladder.bench.results import Quantiles
+from stepladder.bench import gpu
+from stepladder.bench.gpu import COPY, Gpu, GpuResult
+from stepladder.bench.measurement import MEASURE, OURS, OWN, RIVAL, SCALE, Contender, Measurement, Quantiles
+from stepladder.bench.report import cell, write_rows
+from stepladder.bench.results import GREEN
 from stepladder.bench.rivals import ADAMW, COMPILED, NOT_INSTALLED
 
 LEGEND = (
@@ -28,7 +29,7 @@ LEGEND = (
 )
 
 
-def machine(gpu: Gpu) -> dict[str, Any]:
+def machine(clock: Gpu) -> dict[str, Any]:
     """Where and with what was measured: the same for every row."""
     # Here, as stepladder.cli imports this package.
     from stepladder.cli.info import collect
@@ -37,10 +38,10 @@ def machine(gpu: Gpu) -> dict[str, Any]:
     versions = facts["versions"]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": gpu.properties.name,
-        "capability": f"{gpu.properties.major}.{gpu.properties.minor}",
-        "multiprocessors": gpu.properties.multi_processor_count,
-        "memory_gib": round(gpu.properties.total_memory / 2**30, 1),
+        "device": clock.properties.name,
+        "capability": f"{clock.properties.major}.{clock.properties.minor}",
+        "multiprocessors": clock.properties.multi_processor_count,
+        "memory_gib": round(clock.properties.total_memory / 2**30, 1),
         "host": facts["cpu"]["name"],
         "stepladder": versions["stepladder"],
         "cuda_compiler": versions["cuda_compiler"] or "",
@@ -123,16 +124,44 @@ def _median(quantiles: Quantiles | None) -> str:
     return "" if quantiles is None else f"{quantiles.median:.3g}"
 
 
-def as_json(facts: dict[str, Any], settings: Settings, results: Iterable[GpuResult]) -> dict[str, Any]:
-    """Everything that is known, ready for json.dump."""
+def as_json(results: Iterable[GpuResult]) -> dict[str, Any]:
+    """What the form that all cases share does not hold, ready for json.dump."""
     rows = []
     for result in results:
         contenders = {name: _as_dict(contender) for name, contender in result.contenders.items()}
         rows.append(asdict(result) | {"contenders": contenders})
-    return {"machine": facts, "settings": asdict(settings), "results": rows}
+    return {"results": rows} if rows else {}
 
 
-def _as_dict(contender: Contender) -> dict[str, Any]:
+def measurement(result: GpuResult) -> Measurement:
+    """A result in the form that all cases share. Its milliseconds are those of a step by itself."""
+    found = Measurement(
+        "optimizer",
+        result.optimizer,
+        result.shapes,
+        result.dtype,
+        result.tensors,
+        result.elements,
+        result.skipped,
+        "; ".join(f"{name}: {reason}" for name, reason in result.red.items()) or None,
+        result.absent,
+    )
+    for name, contender in result.contenders.items():
+        role = OWN if name.startswith(OURS) else SCALE if name == ADAMW else RIVAL
+        measured = Contender(role, [contender.samples], checked(name), contender.moved)
+        found.contenders[name] = measured
+    if result.copy_ms:
+        found.contenders[COPY] = Contender(MEASURE, [result.copy_ms], moved=result.copy_moved)
+    return found
+
+
+def checked(name: str) -> str:
+    """What the check of a contender that has a number has found."""
+    verdicts = {ADAMW: "another rule", COMPILED: "near torch's loop"}
+    return GREEN if name.startswith(OURS) else verdicts.get(name, "near ours")
+
+
+def _as_dict(contender: gpu.Contender) -> dict[str, Any]:
     values = {f.name: getattr(contender, f.name) for f in fields(contender)}
     return {name: v._asdict() if isinstance(v, Quantiles) else v for name, v in values.items()}
 
@@ -159,10 +188,7 @@ def _csv_rows(result: GpuResult) -> Iterator[dict[str, Any]]:
     for name, reason in result.red.items():
         yield case | {"contender": name, "check": "red", "reason": reason}
     for name, contender in result.contenders.items():
-        verdict = GREEN if name.startswith(OURS) else "another rule" if name == ADAMW else "near ours"
-        if name == COMPILED:
-            verdict = "near torch's loop"
-        row = case | {"contender": name, "check": verdict, "rounds": result.rounds}
+        row = case | {"contender": name, "check": checked(name), "rounds": result.rounds}
         for column in _SPREAD:
             if quantiles := getattr(contender, column):
                 row |= {f"{column}_{key}": value for key, value in quantiles._asdict().items()}

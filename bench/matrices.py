@@ -22,7 +22,7 @@ import stepladder as sl
 from stepladder import backends
 from stepladder.bench import gpu, gpu_report, report
 from stepladder.bench.measure import no_collection, wanted
-from stepladder.bench.results import Quantiles
+from stepladder.bench.measurement import Quantiles
 from stepladder.coefficients import SETS
 from stepladder.newton_schulz import CLUSTERS_VARIABLE, matrix_unit
 
@@ -82,7 +82,7 @@ class OnGpu:
     """
 
     def __init__(self, clock: gpu.Gpu, names: Sequence[str]) -> None:
-        self._clock = clock
+        self.clock = self._clock = clock
         self.device = clock.device
         self.unit = str(self.device)
         self.ours: Mapping[str, str | None] = {f"{OURS}-{name}": name for name in names}
@@ -109,10 +109,12 @@ class Row:
         limit: Of the errors.
         rounds: How many turns each contender had.
         errors: Relative distance of each of ours from torch's result.
-        ms: Quantiles of milliseconds, by contender; without those of ours that are red.
+        samples: Milliseconds of each turn, by contender; without those of ours that are red.
+        ms: Quantiles of them.
         ratios: Of each other contender over the first of ours, within rounds.
         forms: Of ours, the form asked for and who multiplies.
         notes: What else is to be said of one of ours.
+        state_bytes: What the states of an optimizer take, by contender.
         standard: By contender in the Gram form, how many times longer the standard form of the same takes, within
             rounds.
     """
@@ -122,9 +124,11 @@ class Row:
     limit: float = TOLERANCE
     rounds: int = 0
     notes: dict[str, str] = field(default_factory=dict)
+    state_bytes: dict[str, int] = field(default_factory=dict)
     forms: dict[str, tuple[str, str]] = field(default_factory=dict)
     standard: dict[str, Quantiles] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
     ms: dict[str, Quantiles] = field(default_factory=dict)
     ratios: dict[str, Quantiles] = field(default_factory=dict)
 
@@ -226,6 +230,7 @@ def timed(row: Row, machine: Machine, contenders: Mapping[str, Callable[[], Any]
                 times[name].append(machine.milliseconds(contenders[name], repeats))
             row.rounds += 1
     arrays = {name: np.array(values) for name, values in times.items()}
+    row.samples = times
     row.ms = {name: Quantiles.of(values) for name, values in arrays.items()}
     row.ratios = {name: Quantiles.of(values / arrays[first]) for name, values in arrays.items() if name != first}
     for name, values in arrays.items():

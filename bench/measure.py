@@ -24,12 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 from stepladder.bench.cases import Case
+from stepladder.bench.measurement import OURS, YARDSTICK
 from stepladder.bench.rivals import Rival
 from stepladder.bench.shapes import Shapes
 from stepladder.bench.workload import Source, grouped, make_parameters
 
-OURS = "stepladder"
-YARDSTICK = "a += b"
 # So small that thousands of steps along the same gradients leave the values where they are.
 LEARNING_RATE = 1e-4
 # Up to this much memory a set counts as cached, in bytes.
@@ -67,12 +66,14 @@ class Timing:
         host: Milliseconds of our step outside the plan's norm and run.
         moved: Bytes that our step must move.
         yardstick_moved: Bytes that the yardstick moves.
+        state_bytes: What the states of each optimizer take.
     """
 
     steps: dict[str, Milliseconds]
     host: Milliseconds
     moved: int
     yardstick_moved: int
+    state_bytes: dict[str, int]
 
 
 class Contenders:
@@ -214,7 +215,15 @@ def measure(
                 steps[name].append(turn(name))
             rounds += 1
         host = _host(contenders, goal)
-    return Timing({name: np.array(times) for name, times in steps.items()}, host, moved, yardstick.moved)
+    arrays = {name: np.array(times) for name, times in steps.items()}
+    sizes = {name: state_bytes(optimizer) for name, optimizer in contenders.optimizers.items()}
+    return Timing(arrays, host, moved, yardstick.moved, sizes)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of all tensors in an optimizer's state, step counts among them."""
+    tensors = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
 
 
 def wanted(rounds: int, goal: int, elapsed: float, seconds: float) -> bool:

@@ -20,7 +20,7 @@ import stepladder as sl
 from stepladder.bench import report
 from stepladder.bench.matrices import gpt2_matrices
 from stepladder.bench.measure import no_collection, wanted
-from stepladder.bench.results import Quantiles
+from stepladder.bench.measurement import Quantiles
 from stepladder.optim.base import Optimizer
 
 FREQUENCY = 10
@@ -76,6 +76,7 @@ class Row:
         longest: Of the longest step of a cycle.
         ratios: Of a contender's cycle over ours.
         state_bytes: What the states of ours take, by contender.
+        samples: Milliseconds a step, in the mean over each cycle, by contender.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Row:
     longest: dict[str, Quantiles] = field(default_factory=dict)
     ratios: dict[str, Quantiles] = field(default_factory=dict)
     state_bytes: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def red(self) -> bool:
@@ -148,6 +150,7 @@ def measure(family: str, name: str, shapes: Sequence[tuple[int, int]], makes: di
     arrays = {contender: np.array(times[1:]) for contender, times in cycles.items()}  # [cycles, steps]
     means = {contender: values.mean(1) for contender, values in arrays.items()}
     first = next(iter(makes))
+    row.samples = {contender: values.tolist() for contender, values in means.items()}
     row.ms = {contender: Quantiles.of(values) for contender, values in means.items()}
     row.longest = {contender: Quantiles.of(values.max(1)) for contender, values in arrays.items()}
     row.ratios = {contender: Quantiles.of(v / means[first]) for contender, v in means.items() if contender != first}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from itertools import groupby
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import torch
@@ -15,17 +15,25 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from stepladder.bench.measure import OURS, Settings
-from stepladder.bench.results import Quantiles, Result
-from stepladder.bench.rivals import ADAMW, NAMES, NOT_INSTALLED
+from stepladder.bench.compare import FASTER, SAME, SLOWER, UNKNOWN, WRONG, Change
+from stepladder.bench.measure import Settings
+from stepladder.bench.measurement import OURS, RIVAL, Contender, Measurement, Quantiles
+from stepladder.bench.results import GREEN
+from stepladder.bench.rivals import ADAMW, NOT_INSTALLED
 
-GREEN = "ok"
+# Of the JSON file.
+FORMAT = "stepladder bench 1"
 LEGEND = (
     "ms: median of our step, below it the quantiles 0.2 and 0.8. host: the part of it outside the kernels. "
     "share: our GB/s over those of torch's a += b in the same rounds, over as much memory. "
     "×: how many times longer a rival's step takes, ratios taken within rounds; "
-    f"{ADAMW} is another rule, with more state. "
-    "check: ok where the bits are the reference's and the values near torch's, else there is no number."
+    f"{ADAMW} and torch's Muon beside its kin are other rules. "
+    "check: ok where bits are the reference's and values near torch's, or, of matrices, where the error is within its "
+    "limit, else there is no number."
+)
+INTERVALS = (
+    "time: how much longer a step takes than in the base, in units of the others that took turns with it in both. The "
+    f"intervals are so wide that equal builds leave any of them with a probability of {WRONG:.0%}."
 )
 
 
@@ -49,68 +57,82 @@ def machine() -> dict[str, Any]:
     }
 
 
-def header(facts: dict[str, Any]) -> str:
-    """The machine in a line."""
-    return (
-        f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads · {facts['kernels']} kernels by "
-        f"{facts['compiler']} · stepladder {facts['stepladder']} · torch {facts['torch']} · Python {facts['python']}"
-    )
+def header(facts: Mapping[str, Any]) -> str:
+    """The machine in a line; facts that are not known are left out."""
+    device = str(facts.get("device", "an unknown machine"))
+    counts = [f"{facts[name]} {name}" for name in ("cores", "threads") if name in facts]
+    kernels = [f"{facts['kernels']} kernels by {facts['compiler']}"] if {"kernels", "compiler"} <= facts.keys() else []
+    names = {"stepladder": "stepladder", "torch": "torch", "python": "Python"}
+    versions = [f"{name} {facts[key]}" for key, name in names.items() if facts.get(key)]
+    return " · ".join([", ".join([device, *counts]), *kernels, *versions])
 
 
-def tables(results: Sequence[Result]) -> Group:
+def tables(results: Sequence[Measurement]) -> Group:
     """A table for each shape set, what is missing and why, and how to read it."""
     parts: list[RenderableType] = []
-    for _, rows in groupby(results, key=lambda result: result.shapes):
-        parts += [_table(list(rows)), Text()]
-    parts += [Text(f"{_label(r)}: the check is RED: {r.red}", style="bold red") for r in results if r.red]
-    parts += [Text(f"{_label(r)}: skipped, {r.skipped}") for r in results if r.skipped]
-    missing = {name: None for r in results for name, reason in r.absent.items() if reason == NOT_INSTALLED}
-    if missing:
-        parts.append(Text(f"{NOT_INSTALLED}: {', '.join(missing)}"))
-    reasons = {
-        f"{name}, {_label(r)}: {reason}": None
-        for r in results
-        for name, reason in r.absent.items()
-        if reason != NOT_INSTALLED
-    }
-    parts += [Text(reason) for reason in reasons]
+    for shapes in dict.fromkeys(result.shapes for result in results):
+        parts += [_table([result for result in results if result.shapes == shapes]), Text()]
+    parts += [Text(f"{r.label}: the check is RED: {r.red}", style="bold red") for r in results if r.red]
+    parts += [Text(line) for line in remarks(results)]
     parts.append(Text(LEGEND, style="dim"))
     return Group(*parts)
 
 
-def _table(results: list[Result]) -> Table:
-    rivals = [name for name in NAMES if any(name in result.ratios for result in results)]
-    first = results[0]
-    table = Table(
-        title=f"{first.shapes}: {first.tensors} tensors, {first.elements / 1e6:.2f} M elements",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for column in ("optimizer", "dtype"):
+def remarks(results: Sequence[Measurement]) -> list[str]:
+    """What was skipped, which rivals are missing, and why."""
+    lines = [f"{r.label}: skipped, {r.skipped}" for r in results if r.skipped]
+    missing = {name: None for r in results for name, reason in r.absent.items() if reason == NOT_INSTALLED}
+    if missing:
+        lines.append(f"{NOT_INSTALLED}: {', '.join(missing)}")
+    for result in results:
+        reasons = (item for item in result.absent.items() if item[1] != NOT_INSTALLED)
+        lines += [f"{name}, {result.label}: {reason}" for name, reason in reasons]
+    return list(dict.fromkeys(lines))
+
+
+def title(result: Measurement) -> str:
+    """The shape set and its size."""
+    return f"{result.shapes}: {result.tensors} tensors, {result.elements / 1e6:.2f} M elements"
+
+
+def _table(results: list[Measurement]) -> Table:
+    others = list(dict.fromkeys(name for result in results for name in result.ratios))
+    columns: dict[str, list[Text]] = {
+        "ms": [_ours(r, lambda c: cell(c.milliseconds)) for r in results],
+        "host": [_ours(r, lambda c: Text(f"{c.host.median:.2g}") if c.host else Text()) for r in results],
+        "GB/s": [_ours(r, lambda c: _number(c.gb_per_s)) for r in results],
+        "share": [Text() if r.share is None else Text(f"{r.share:.0%}") for r in results],
+        "GFLOP/s": [_ours(r, lambda c: _number(c.gflops)) for r in results],
+        "state": [_ours(r, lambda c: Text(mib(c.state_bytes)) if c.state_bytes else Text()) for r in results],
+        **{f"× {name}": [_ratio(name, r) for r in results] for name in others},
+    }
+    table = Table(title=title(results[0]), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.collapse_padding = True
+    for column in ("what", "dtype"):
         table.add_column(column, no_wrap=True)
-    for column in ("ms", "host", "GB/s", "share", *(f"× {name}" for name in rivals)):
+    shown = [column for column, cells in columns.items() if any(cells)]
+    for column in shown:
         table.add_column(column, justify="right", overflow="fold")
     table.add_column("check")
-    for result in results:
-        if result.skipped or result.red:
-            blank = [""] * (4 + len(rivals))
-            state = Text("RED", style="bold red") if result.red else "skipped"
-            table.add_row(result.optimizer, result.dtype, *blank, state)
-            continue
-        assert result.host is not None
-        table.add_row(
-            result.optimizer,
-            result.dtype,
-            cell(result.milliseconds[OURS]),
-            f"{result.host.median:.2g}",
-            f"{result.gigabytes_per_second:.3g}",
-            f"{result.share:.0%}",
-            *(_ratio(name, result) for name in rivals),
-            Text(GREEN, style="green"),
-        )
+    for row, result in enumerate(results):
+        state = Text(GREEN, style="green")
+        if result.red_or_skipped:
+            state = Text("RED", style="bold red") if result.red else Text("skipped")
+        table.add_row(result.case, result.dtype, *(columns[column][row] for column in shown), state)
     return table
+
+
+def _ours(result: Measurement, of: Callable[[Contender], Text]) -> Text:
+    return of(result.contenders[result.ours]) if result.ours else Text()
+
+
+def _number(value: float | None) -> Text:
+    return Text() if value is None else Text(_three_digits(value))
+
+
+def mib(size: int) -> str:
+    """A size in words."""
+    return f"{size / 2**20:.3g} MiB"
 
 
 def cell(quantiles: Quantiles, style: str = "") -> Text:
@@ -118,44 +140,87 @@ def cell(quantiles: Quantiles, style: str = "") -> Text:
     return Text.assemble((median, style), (f"\n{p20}–{p80}", "dim"), justify="right")
 
 
+def comparison(changes: Sequence[Change]) -> Group:
+    """What takes longer or shorter than the base."""
+    table = Table(title="compared with the base", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("what", "dtype", "shapes", "contender"):
+        table.add_column(column)
+    for column in ("time", "interval"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    styles = {SLOWER: "bold red", FASTER: "bold green"}
+    for change in changes:
+        verdict = Text(change.reason or change.verdict, style=styles.get(change.verdict, ""))
+        names = (change.case, change.dtype, change.shapes, change.contender)
+        table.add_row(*names, percent(change.change), interval(change), verdict)
+    return Group(table, Text(summary(changes)), Text(INTERVALS, style="dim"))
+
+
+def summary(changes: Sequence[Change]) -> str:
+    """How many exceed the noise."""
+    counts = {word: sum(change.verdict == word for change in changes) for word in (SLOWER, FASTER, SAME, UNKNOWN)}
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing to compare"
+
+
+def percent(part: float | None) -> str:
+    """A part with its sign, in percent."""
+    return "" if part is None else f"{100.0 * part:+.1f} %"
+
+
+def interval(change: Change) -> str:
+    return "" if change.low is None else f"{percent(change.low)} to {percent(change.high)}"
+
+
 def _three_digits(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def _ratio(rival: str, result: Result) -> Text:
+def _ratio(rival: str, result: Measurement) -> Text:
     if rival not in result.ratios:
-        return Text("–", style="dim")
+        return Text()
     ratio = result.ratios[rival]
-    # AdamW moves other bytes than a rule with less state: no race is lost against it.
-    return cell(ratio, "bold red" if ratio.median < 1.0 and rival != ADAMW else "bold")
+    # Another rule moves other bytes: no race is lost against it.
+    lost = ratio.median < 1.0 and result.contenders[rival].role == RIVAL
+    return cell(ratio, "bold red" if lost else "bold")
 
 
-def _label(result: Result) -> str:
-    return f"{result.optimizer} {result.dtype} {result.shapes}"
+def as_json(
+    facts: dict[str, Any],
+    settings: Settings | None,
+    results: Iterable[Measurement],
+    ceilings: Mapping[str, float] = MappingProxyType({}),
+    changes: Iterable[Change] = (),
+) -> dict[str, Any]:
+    """Everything that is known, ready for json.dump.
 
-
-def as_json(facts: dict[str, Any], settings: Settings, results: Iterable[Result]) -> dict[str, Any]:
-    """Everything that is known, ready for json.dump."""
-    rows = []
-    for result in results:
-        row = asdict(result) | {"share": result.share}
-        for name in ("milliseconds", "ratios"):
-            row[name] = {key: value._asdict() for key, value in getattr(result, name).items()}
-        row["host"] = result.host._asdict() if result.host else None
-        rows.append(row)
-    return {"machine": facts, "settings": asdict(settings), "results": rows}
+    Args:
+        facts: Of the machine.
+        settings: How long each process has measured a case; None where that is not known.
+        results: The cases.
+        ceilings: As of `roofline.ceilings`.
+        changes: Against a base.
+    """
+    cases = [result.as_dict() for result in results]
+    compared = [asdict(change) for change in changes]
+    values = {
+        "format": FORMAT,
+        "machine": facts,
+        "settings": asdict(settings) if settings else None,
+        "ceilings": dict(ceilings),
+    }
+    return values | {"cases": cases, "changes": compared}
 
 
 COLUMNS = (
-    *("optimizer", "shapes", "tensors", "elements", "dtype", "contender", "check", "reason", "rounds"),
-    *("ms_median", "ms_p20", "ms_p80", "host_ms", "gb_per_s", "bandwidth_gb_per_s", "share"),
-    *("ratio_median", "ratio_p20", "ratio_p80"),
+    *("kind", "case", "shapes", "tensors", "elements", "dtype", "contender", "check", "reason", "error"),
+    *("processes", "rounds", "ms_median", "ms_p20", "ms_p80", "host_ms", "gb_per_s", "bandwidth_gb_per_s", "share"),
+    *("gflops", "state_bytes", "ratio_median", "ratio_p20", "ratio_p80"),
 )
 
 
-def write_csv(file: TextIO, facts: dict[str, Any], results: Iterable[Result]) -> None:
+def write_csv(file: TextIO, facts: dict[str, Any], results: Iterable[Measurement]) -> None:
     """One row for each contender of each case, ours first, each with the machine and its versions."""
-    write_rows(file, facts, COLUMNS, (row for result in results for row in _csv_rows(result)))
+    write_rows(file, facts, COLUMNS, (row for result in results for row in csv_rows(result)))
 
 
 def write_rows(file: TextIO, facts: dict[str, Any], columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
@@ -166,22 +231,26 @@ def write_rows(file: TextIO, facts: dict[str, Any], columns: Iterable[str], rows
         writer.writerow(facts | {key: short(value) for key, value in row.items()})
 
 
-def _csv_rows(result: Result) -> Iterator[dict[str, Any]]:
-    case = {name: getattr(result, name) for name in ("optimizer", "shapes", "tensors", "elements", "dtype")}
-    if result.skipped or result.red:
+def csv_rows(result: Measurement) -> Iterator[dict[str, Any]]:
+    """A row for each contender, the yardstick among them, and for each that is absent."""
+    case = {name: getattr(result, name) for name in ("kind", "case", "shapes", "tensors", "elements", "dtype")}
+    if result.red_or_skipped:
         state = {"check": "red" if result.red else "skipped", "reason": result.red or result.skipped}
         yield case | {"contender": OURS} | state
         return
-    assert result.host is not None
-    for name, times in result.milliseconds.items():
-        verdict = GREEN if name == OURS else "another rule" if name == ADAMW else "near ours"
-        row = case | {"contender": name, "check": verdict, "rounds": result.rounds}
-        row |= {f"ms_{key}": value for key, value in times._asdict().items()}
-        if name == OURS:
-            row |= {"host_ms": result.host.median, "gb_per_s": result.gigabytes_per_second}
-            row |= {"bandwidth_gb_per_s": result.bandwidth, "share": result.share}
-        else:
-            row |= {f"ratio_{key}": value for key, value in result.ratios[name]._asdict().items()}
+    ratios = result.ratios
+    for name, contender in result.contenders.items():
+        row = case | {"contender": name, "check": contender.check, "processes": result.processes}
+        row |= {"rounds": result.rounds}
+        row |= {f"ms_{key}": value for key, value in contender.milliseconds._asdict().items()}
+        measured = {key: getattr(contender, key) for key in ("error", "gb_per_s", "gflops", "state_bytes")}
+        row |= {key: value for key, value in measured.items() if value is not None}
+        if contender.host:
+            row["host_ms"] = contender.host.median
+        if name == result.ours and result.share is not None:
+            row |= {"share": result.share, "bandwidth_gb_per_s": row["gb_per_s"] / result.share}
+        if name in ratios:
+            row |= {f"ratio_{key}": value for key, value in ratios[name]._asdict().items()}
         yield row
     for name, reason in result.absent.items():
         yield case | {"contender": name, "check": "no number", "reason": reason}

@@ -1,98 +1,68 @@
-"""One case from start to end, and what is known of it then."""
+"""One case of an element-wise rule from start to end."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
-import numpy as np
 import psutil
 
 from stepladder.bench.cases import DTYPES, Case
-from stepladder.bench.check import check
-from stepladder.bench.measure import OURS, YARDSTICK, YARDSTICK_MOST, Milliseconds, Settings, Timing, measure
+from stepladder.bench.check import Verdict, check
+from stepladder.bench.measure import YARDSTICK_MOST, Settings, Timing, measure
+from stepladder.bench.measurement import MEASURE, OURS, OWN, RIVAL, SCALE, YARDSTICK, Contender, Measurement
 from stepladder.bench.rivals import Rival, rivals_of
-from stepladder.bench.shapes import APART, SETS, elements
+from stepladder.bench.roofline import operations
+from stepladder.bench.shapes import APART, elements, shapes_of
 
 # Left for everything else on the machine, beside the check's own tensors.
 RESERVE = 2**30
+GREEN = "ok"
 
 
-class Quantiles(NamedTuple):
-    """Median and the quantiles 0.2 and 0.8."""
+def run(
+    case: Case,
+    shapes_name: str,
+    dtype_name: str,
+    rival_names: Collection[str],
+    settings: Settings,
+    known: Measurement | None = None,
+) -> Measurement:
+    """Check a case, and measure it where the check is green and the memory suffices.
 
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def of(cls, values: Milliseconds) -> Quantiles:
-        return cls(*map(float, np.quantile(values, (0.5, 0.2, 0.8))))
-
-
-@dataclass(frozen=True)
-class Result:
-    """A case that was measured, or was not and why.
-
-    Attributes:
-        optimizer: The case's name.
-        shapes: The shape set's name.
-        dtype: fp32 and so on.
-        tensors: How many the set has.
-        elements: How many they have together.
-        skipped: Why it was not run; everything below is then empty.
-        red: How the check failed; everything below but `absent` is then empty.
-        absent: Rivals that have no number, and why.
-        rounds: Samples behind each number.
-        milliseconds: Of a step, by contender.
-        ratios: A rival's step over ours in the same round, by rival.
-        host: Milliseconds of our step outside the kernels.
-        gigabytes_per_second: What our step moves.
-        bandwidth: What the yardstick moves beside it, in GB/s.
+    Args:
+        case: The optimizer.
+        shapes_name: What `--shapes` takes.
+        dtype_name: fp32 and so on.
+        rival_names: Who is to be measured beside ours.
+        settings: How long.
+        known: The case as another process has checked it: it is not checked again.
     """
+    shapes, dtype = shapes_of(shapes_name), DTYPES[dtype_name]
+    result = Measurement("optimizer", case.name, shapes_name, dtype_name, len(shapes), elements(shapes))
+    column = result.elements * dtype.itemsize
+    result.skipped = shortage(case, column, settings.fresh_grads)
+    if result.skipped:
+        return result
 
-    optimizer: str
-    shapes: str
-    dtype: str
-    tensors: int
-    elements: int
-    skipped: str | None = None
-    red: str | None = None
-    absent: dict[str, str] = field(default_factory=dict)
-    rounds: int = 0
-    milliseconds: dict[str, Quantiles] = field(default_factory=dict)
-    ratios: dict[str, Quantiles] = field(default_factory=dict)
-    host: Quantiles | None = None
-    gigabytes_per_second: float | None = None
-    bandwidth: float | None = None
-
-    @property
-    def share(self) -> float | None:
-        """The part of the yardstick's bandwidth that our step reaches."""
-        return self.gigabytes_per_second / self.bandwidth if self.gigabytes_per_second and self.bandwidth else None
-
-
-def run(case: Case, shapes_name: str, dtype_name: str, rival_names: Collection[str], settings: Settings) -> Result:
-    """Check a case, and measure it where the check is green and the memory suffices."""
-    shapes, dtype = SETS[shapes_name](), DTYPES[dtype_name]
-    count = elements(shapes)
-    result = Result(case.name, shapes_name, dtype_name, len(shapes), count)
-    column = count * dtype.itemsize
-    if skipped := shortage(case, column, settings.fresh_grads):
-        return replace(result, skipped=skipped)
-
-    rivals, absent = rivals_of(case, rival_names)
+    rivals, result.absent = rivals_of(case, rival_names)
     apart = shapes_name in APART
-    verdict = check(case, shapes, dtype, rivals, apart=apart)
-    absent |= verdict.wrong
+    if known is None:
+        verdict = check(case, shapes, dtype, rivals, apart=apart)
+    else:
+        verdict = Verdict(known.red, known.absent, set(known.writers))
+    result.absent |= verdict.wrong
+    result.writers = sorted(verdict.writers)
+    result.red = verdict.red
     if verdict.red:
-        return replace(result, red=verdict.red, absent=absent)
-    rivals = [rival for rival in rivals if rival.name not in absent]
+        return result
+    rivals = [rival for rival in rivals if rival.name not in result.absent]
     fresh = settings.fresh_grads or any(rival.name in verdict.writers for rival in rivals)
     rivals, without_room = fit(rivals, column, _free() - own_memory(case, column, fresh))
+    result.absent |= without_room
     timing = measure(case, shapes, dtype, rivals, verdict.writers, settings, apart)
-    return _evaluated(result, timing, absent | without_room)
+    same_rule = {rival.name for rival in rivals if rival.same_rule}
+    result.contenders = _contenders(timing, same_rule, operations(case) * result.elements)
+    return result
 
 
 def shortage(case: Case, column: int, fresh_grads: bool = False) -> str | None:
@@ -144,16 +114,18 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _evaluated(result: Result, timing: Timing, absent: dict[str, str]) -> Result:
-    ours, yardstick = timing.steps[OURS], timing.steps[YARDSTICK]
-    contenders = {name: steps for name, steps in timing.steps.items() if name != YARDSTICK}
-    return replace(
-        result,
-        absent=absent,
-        rounds=len(ours),
-        milliseconds={name: Quantiles.of(steps) for name, steps in contenders.items()},
-        ratios={name: Quantiles.of(steps / ours) for name, steps in contenders.items() if name != OURS},
-        host=Quantiles.of(timing.host),
-        gigabytes_per_second=timing.moved / float(np.median(ours)) / 1e6,
-        bandwidth=timing.yardstick_moved / float(np.median(yardstick)) / 1e6,
-    )
+def _contenders(timing: Timing, same_rule: Collection[str], flops: float) -> dict[str, Contender]:
+    found = {}
+    for name, steps in timing.steps.items():
+        contender = Contender(SCALE, [steps.tolist()], "another rule", state_bytes=timing.state_bytes.get(name))
+        if name == OURS:
+            contender.role, contender.check = OWN, GREEN
+            contender.host_ms = timing.host.tolist()
+        elif name == YARDSTICK:
+            contender.role, contender.check, contender.moved = MEASURE, "", timing.yardstick_moved
+        elif name in same_rule:
+            contender.role, contender.check = RIVAL, "near ours"
+        if name == OURS or name in same_rule:
+            contender.moved, contender.flops = timing.moved, flops
+        found[name] = contender
+    return found

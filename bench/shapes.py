@@ -7,6 +7,7 @@ appear once, as an optimizer sees them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 Shape = tuple[int, ...]
@@ -92,6 +93,42 @@ SETS: dict[str, Callable[[], Shapes]] = {
 }
 # Sets whose parameters stand in a group each, with a learning rate of their own.
 APART = frozenset({"465-groups"})
+
+
+# Sets of matrices alone, for Muon and its like.
+MATRIX_SETS: dict[str, Callable[[], Shapes]] = {
+    "gpt2-layer": lambda: hidden(1),
+    "gpt2-hidden": lambda: hidden(12),
+}
+# So many tensors of one shape of two or more dimensions: 16x256x512.
+UNIFORM = re.compile(r"(\d+)((?:x\d+){2,})")
+MOST_ELEMENTS = 2**34
+
+
+def hidden(layers: int, width: int = 768) -> Shapes:
+    """The hidden matrices of GPT-2 124M, or of some of its layers."""
+    return [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * layers
+
+
+def shapes_of(name: str) -> Shapes:
+    """The set of this name, or as many tensors of one shape as it says.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    make = SETS.get(name) or MATRIX_SETS.get(name)
+    if make:
+        return make()
+    if found := UNIFORM.fullmatch(name):
+        count, shape = int(found[1]), tuple(int(size) for size in found[2].split("x")[1:])
+        total = count * math.prod(shape)
+        if 0 < total <= MOST_ELEMENTS:
+            return [shape] * count
+        raise ValueError(f"{name!r} has {total} elements, expected 1 to {MOST_ELEMENTS}")
+    raise ValueError(
+        f"{name!r} is no set of shapes, expected one of {', '.join((*SETS, *MATRIX_SETS))}, or a number of tensors of "
+        "one shape, as 16x256x512"
+    )
 
 
 def elements(shapes: Shapes) -> int:

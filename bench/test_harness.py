@@ -20,7 +20,8 @@ from stepladder.bench.cases import CASES, DTYPES
 from stepladder.bench.check import TENSOR_ELEMENTS, TOTAL_ELEMENTS, check, sample
 from stepladder.bench.choices import choices
 from stepladder.bench.matrices import bench_matrices
-from stepladder.bench.measure import FEWEST_ROUNDS, OURS, YARDSTICK, Contenders, Settings, measure
+from stepladder.bench.measure import FEWEST_ROUNDS, Contenders, Settings, measure
+from stepladder.bench.measurement import OURS, YARDSTICK
 from stepladder.bench.preconditioners import bench_preconditioners
 from stepladder.bench.results import fit, run
 from stepladder.bench.rivals import Other, Rival, names_of, rivals_of
@@ -92,7 +93,7 @@ def test_red_check_gives_no_number(
     assert done.exit_code == 1
     assert "RED" in done.output
     assert message in done.output
-    (row,) = json.loads(files["json"].read_text())["results"]
+    (row,) = json.loads(files["json"].read_text())["cases"]
     assert message in row["red"]
     assert row["milliseconds"] == row["ratios"] == {}
     (line,) = csv.DictReader(files["csv"].open())
@@ -126,11 +127,11 @@ def test_command_writes_a_row_for_each_contender(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert " ok" in done.output
     written = json.loads(files["json"].read_text())
-    (result,) = written["results"]
+    (result,) = written["cases"]
     assert set(result["milliseconds"]) == {OURS, "loop", "foreach"}
     assert result["absent"] == {"fused": "torch.optim.RMSprop has no fused form"}
     rows = {row["contender"]: row for row in csv.DictReader(files["csv"].open())}
-    assert set(rows) == {OURS, "loop", "foreach", "fused"}
+    assert set(rows) == {OURS, "loop", "foreach", "fused", YARDSTICK}
     for name in (OURS, "loop", "foreach"):
         assert float(rows[name]["ms_p20"]) <= float(rows[name]["ms_median"]) <= float(rows[name]["ms_p80"])
         assert rows[name]["check"] == ("ok" if name == OURS else "near ours")

@@ -11,10 +11,11 @@ import pytest
 
 from stepladder.bench.cases import CASES, DTYPES
 from stepladder.bench.check import Verdict, check
-from stepladder.bench.cli import DEFAULTS, QUICK_SHAPES
-from stepladder.bench.measure import OURS, Contenders, Settings
+from stepladder.bench.measure import Contenders, Settings
+from stepladder.bench.measurement import OURS
 from stepladder.bench.results import shortage
 from stepladder.bench.rivals import names_of, rivals_of
+from stepladder.bench.runner import DTYPE_NAMES, OPTIMIZERS, QUICK_SHAPES
 from stepladder.bench.shapes import APART, SETS, elements
 
 pytest.importorskip("pytest_benchmark")
@@ -22,7 +23,7 @@ pytest.importorskip("pytest_benchmark")
 
 def steps() -> Iterator[Any]:
     for shapes, optimizer, dtype in product(SETS, CASES, DTYPES):
-        small = shapes in QUICK_SHAPES and optimizer in DEFAULTS["optimizer"] and dtype in DEFAULTS["dtype"]
+        small = shapes in QUICK_SHAPES and optimizer in OPTIMIZERS and dtype in DTYPE_NAMES
         for contender in (OURS, *names_of(CASES[optimizer])):
             marks = () if small else (pytest.mark.large,)
             yield pytest.param(shapes, optimizer, dtype, contender, marks=marks)

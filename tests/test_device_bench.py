@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import stepladder as sl
-from stepladder.bench import cli, device, gpu, gpu_report, rivals, targets, traffic
+from stepladder.bench import cli, device, gpu, gpu_report, processes, rivals, runner, targets, traffic
 from stepladder.bench.cases import CASES
 from stepladder.bench.measure import Contenders, Settings
 from stepladder.bench.rivals import COMPILED, MOST_COMPILED, Other, rivals_of
@@ -64,7 +64,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(gpu, "COPY_LEAST", 2**20)
     monkeypatch.setattr(gpu, "COPY_MOST", 2**21)
     # The real one takes a minute of the compiler's time.
-    monkeypatch.setattr(torch, "compile", lambda **options: lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda f: f))
 
 
 def measured(case="adamw", shapes="1000x768", names=("loop", "fused"), ours=("cpu",), dtype="fp32"):
@@ -245,7 +245,7 @@ def test_files_have_a_row_for_each_contender(tmp_path):
     assert float(rows[0]["share"]) > 0
     assert rows[0]["ratio_median"] == rows[0]["launches"] == ""
     assert float(rows[1]["ratio_p20"]) <= float(rows[1]["ratio_median"]) <= float(rows[1]["ratio_p80"])
-    written = json.loads(json.dumps(gpu_report.as_json(FACTS, QUICK, results)))
+    written = json.loads(json.dumps(gpu_report.as_json(results)))
     assert written["results"][0]["contenders"]["fused"]["ratio"]["median"] > 0
     shown = gpu_report.tables(results)
     from rich.console import Console
@@ -269,6 +269,7 @@ def test_command_refuses_without_a_gpu(monkeypatch):
 def test_command_on_a_gpu(monkeypatch, tmp_path):
     """All of the command, with a CPU backend under the name of a GPU's."""
     fake = FakeGpu()
+    processes.machine_of.cache_clear()
     monkeypatch.setattr(gpu, "Gpu", lambda: fake)
     monkeypatch.setattr(gpu_report, "machine", lambda gpu: FACTS)
     monkeypatch.setattr(gpu_report, "header", lambda facts: "a machine")
@@ -280,8 +281,25 @@ def test_command_on_a_gpu(monkeypatch, tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())["results"]
     assert [row["shapes"] for row in found] == ["1000x768", "465-groups"]
     assert fake.captured == 6
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert [list(case["ratios"]) for case in cases] == [["stepladder-reference", "fused"]] * 2
+    assert all(case["share"] > 0 for case in cases)
+    processes.machine_of.cache_clear()
     # Ours is called otherwise here, so that every target is there and none is measured.
     assert {v.reached for v in targets.verdicts(found)} == {None}
+
+
+def test_measuring_processes_know_the_gpu(monkeypatch):
+    processes.machine_of.cache_clear()
+    monkeypatch.setattr(gpu, "Gpu", FakeGpu)
+    ours = ("cpu", "reference")
+    step = processes.measure(processes.Spec("adamw", "1000x768", "fp32", ("fused",), ours), QUICK)
+    assert [contender.role for contender in step.contenders.values()] == ["ours", "ours", "rival", "yardstick"]
+    kernel = processes.measure(processes.Spec("newton_schulz", "2x20x30", "fp32", (), ours), QUICK)
+    assert list(kernel.contenders) == ["stepladder-cpu", "stepladder-reference", "torch", "torch compiled"]
+    muon = processes.measure(processes.Spec("muon", "2x20x30", "fp32", (), ours), QUICK)
+    assert [contender.role for contender in muon.contenders.values()] == ["ours", "ours", "rival"]
+    processes.machine_of.cache_clear()
 
 
 def row(optimizer, dtype, shapes, elements, ours=None, fused=None):
@@ -337,7 +355,7 @@ def test_targets_of_small_tensors():
 
 def test_sets_and_optimizers_of_the_targets_exist():
     assert {*targets.LARGE_SETS, targets.MANY_TENSORS, targets.MANY_GROUPS} <= set(SETS)
-    assert {*targets.LARGE_SETS, targets.MANY_TENSORS, targets.MANY_GROUPS} <= set(cli.GPU_SHAPES)
+    assert {*targets.LARGE_SETS, targets.MANY_TENSORS, targets.MANY_GROUPS} <= set(runner.GPU_SHAPES)
     assert set(targets.OPTIMIZERS) <= set(CASES)
     assert set(gpu.REPLAYED) <= set(SETS)
 

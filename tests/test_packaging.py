@@ -63,7 +63,8 @@ def test_wheel_works(built, tmp_path):
     ):
         for file in (ROOT / folder).rglob("*.py"):
             assert f"{package}/{file.relative_to(ROOT / folder).as_posix()}" in names
-    assert {"stepladder/py.typed", "stepladder/choices.csv", "stepladder/bench/ladder/page.html"} <= names
+    assert {"stepladder/py.typed", "stepladder/choices.csv", "stepladder/bench/page.html"} <= names
+    assert "stepladder/bench/ladder/page.html" in names
     code = (
         "import torch, stepladder as sl, stepladder.bench, stepladder.triton_kernels\n"
         "from stepladder import _C\n"
