@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from browser import browser as browser
+from browser import chromium as chromium
 from cases import Kernels
 
 from stepladder import backends, cuda_roots, newton_schulz, ops
