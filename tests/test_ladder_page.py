@@ -137,10 +137,19 @@ def test_phone(page, tmp_path):
 
 
 def test_print(page):
-    """On paper there is nothing to click."""
+    """On paper there is nothing to click, and the chart is no wider than a page; then all is as it was."""
+    width = "return document.querySelector('#chart .main-svg').getBoundingClientRect().width"
+    display = "return getComputedStyle(document.querySelector(arguments[0])).display"
+    before = page.run(width)
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    page.run("dispatchEvent(new Event('beforeprint'))")
     try:
-        assert page.run("return getComputedStyle(document.getElementById('controls')).display") == "none"
+        assert page.run(display, "#controls") == page.run(display, ".modebar-container") == "none"
+        # A4 less margins of 1 cm on each side has 718 pixels, Letter 740.
+        assert page.run(width) <= 718
         assert page.run("return document.getElementById('leaderboard').rows.length") == 4
     finally:
         page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    page.run("dispatchEvent(new Event('afterprint'))")
+    assert page.run(width) == before
+    assert page.run(display, "#controls") == "flex"

@@ -87,7 +87,7 @@ TASKS = {
         Task(
             name="digits",
             about="a network of three layers learns scikit-learn's handwritten digits",
-            loss="training loss, nats",
+            loss="training loss in nats",
             target=0.03,
             steps=400,
             every=10,
@@ -100,7 +100,7 @@ TASKS = {
         Task(
             name="charlm",
             about="a GPT of two layers learns the characters of Python's manual",
-            loss="validation loss, nats a character",
+            loss="validation loss in nats a character",
             target=2.3,
             steps=300,
             every=10,
