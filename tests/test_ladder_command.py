@@ -240,12 +240,13 @@ def test_interrupt_keeps_what_is_finished(jobs, tmp_path, monkeypatch, interrupt
     rates = ",".join(f"{rate / 100}" for rate in range(1, 13))
     result = invoke("--optimizer", "sgd", "--rates", rates, "--steps", 40, "--jobs", jobs, "--json", file)
     assert result.exit_code == 1
-    assert f"Error: interrupted after 3 of 12 runs; these are written to {file}" in result.output
     value = json.loads(file.read_text())
     assert value["complete"] is False
     assert multiprocessing.active_children() == []
     kept = from_json(value).standings[0].runs
-    assert len(kept) == 3
+    # With two processes another one may have ended meanwhile.
+    assert 3 <= len(kept) < 3 + jobs
+    assert f"Error: interrupted after {len(kept)} of 12 runs; these are written to {file}" in result.output
     # What several processes found is what one finds.
     alone = [race.run(Heat("sgd", run.lap.rate, (0,)), Setting("teacher", "fast", 40, 1)) for run in kept]
     assert [[run] for run in kept] == alone

@@ -91,7 +91,9 @@ def write_png(file: IO[bytes], results: Results) -> None:
         bars.text(steps or 0, row, text, va="center", fontsize="small")
     bars.set_yticks(range(len(ranking)), [standing.name for standing in reversed(ranking)])
     bars.set(
-        xlabel=f"steps to {results.setting.target:g}", xlim=(0, results.setting.steps), ylim=(-0.6, len(ranking) - 0.4)
+        xlabel=f"steps to {results.setting.target:g}",
+        xlim=(0, 1.1 * results.setting.steps),
+        ylim=(-0.6, len(ranking) - 0.4),
     )
     figure.suptitle(about(results), fontsize="small", wrap=True)
     figure.savefig(file, format="png", dpi=130)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,10 @@ class Student:
         return [self.recorded().item() for _ in of]
 
 
-def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def seeded(seed: int, make: Callable[[], Model]) -> Model:
     """A module with the initial weights of a seed; torch's own generator stays as it was."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from stepladder.bench.ladder import real, teacher
 
@@ -16,7 +15,7 @@ from stepladder.bench.ladder import real, teacher
 class Students(Protocol):
     """The networks of some seeds in training, all by one optimizer."""
 
-    def groups(self, algorithm: str | None, apart: bool) -> Sequence[Tensor] | Sequence[dict[str, Any]]:
+    def groups(self, algorithm: str | None, apart: bool) -> Sequence[Any]:
         """What an optimizer is given: parameters, or groups of them.
 
         Args:

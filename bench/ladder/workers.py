@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from types import FrameType
@@ -21,7 +21,9 @@ _progress: Any
 _stop: Any
 
 
-def run_all(heats: Sequence[Heat], setting: Setting, jobs: int, report: Callable[[int], None]) -> Iterator[list[Run]]:
+def run_all(
+    heats: Sequence[Heat], setting: Setting, jobs: int, report: Callable[[int], None]
+) -> Generator[list[Run], None, None]:
     """Each heat's results as soon as they are there; `report` is told how many steps were made since its last call.
 
     Each heat has one thread, so that no result depends on `jobs`. Where the consumer is interrupted, what has begun is
@@ -54,7 +56,6 @@ def run_all(heats: Sequence[Heat], setting: Setting, jobs: int, report: Callable
                 report(now - seen)
                 seen = now
                 for future in done:
-                    check()
                     yield future.result()
                 check()
         finally:
