@@ -124,6 +124,7 @@ CONTENDERS = {
         Contender("muon", sl.Muon, _ADAM, _MUON | {"weight_decay": 0.0}, essays=True),
         Contender("muonw", sl.Muon, _ADAM, _MUON | {"weight_decay": 0.01}),
         Contender("normuon", sl.Muon, _ADAM, _MUON | {"weight_decay": 0.0, "variant": "normuon"}),
+        Contender("adamuon", sl.Muon, _ADAM, _PLAIN_MOMENTUM | {"weight_decay": 0.0, "variant": "adamuon"}),
         # Small matrices would be merged to vectors otherwise.
         Contender("shampoo", sl.Shampoo, _ADAM, {"merge_dims": False}, essay.shampoo, True, True, 3),
         Contender("soap", sl.SOAP, _ADAM, {"weight_decay": 0.0}, apart=True),
