@@ -18,7 +18,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from train_charlm import OTHER_RATE, Run, Text, parse, sample
+from train_charlm import OTHER_RATE, Run, parse
+
+from stepladder.bench.charlm import Text, sample
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor
 import stepladder as sl
 from stepladder.bench.ladder import essay
 from stepladder.bench.ladder.essay import Step
+from stepladder.bench.ladder.tasks import Students
 from stepladder.optim.base import Optimizer
 
 
@@ -24,28 +25,26 @@ class Preset:
         name: What `--preset` takes.
         dtype: Of weights and data.
         backend: Of our optimizers; None is the fused kernels.
-        steps: T.
         seeds: How many.
-        every: Steps between two records of the full training loss.
-        rates: How many of a grid; None is all.
-        essays: Only the essay's optimizers race where none is named, and rules are the essay's.
+        steps: T; None leaves it to the task, and so it does how many rates of a grid are tried.
+        every: Steps between two records of the loss; None leaves it to the task.
+        essays: Only the essay's task, and where none is named only its optimizers; rules are the essay's.
     """
 
     name: str
     dtype: torch.dtype
     backend: str | None
-    steps: int
     seeds: int
-    every: int
-    rates: int | None
-    essays: bool
+    steps: int | None = None
+    every: int | None = None
+    essays: bool = False
 
 
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("essay", torch.float64, "reference", 4000, 3, 1, None, True),
-        Preset("fast", torch.float32, None, 1500, 1, 10, 3, False),
+        Preset("essay", torch.float64, "reference", 3, 4000, 1, True),
+        Preset("fast", torch.float32, None, 1),
     )
 }
 
@@ -61,7 +60,8 @@ class Contender:
         options: Arguments beside the learning rate.
         essay: The rule of the preset "essay" where the package has another.
         essays: Whether the essay races it.
-        middle: Where in the grid the rates of the preset "fast" have their middle.
+        apart: It takes a norm of a parameter, or makes blocks of it, so that no two seeds may share one.
+        middle: Where in the grid the rates have their middle that are tried where a task takes but three.
     """
 
     name: str
@@ -70,25 +70,30 @@ class Contender:
     options: dict[str, Any] = field(default_factory=dict)
     essay: Callable[[Sequence[Tensor]], Step] | None = None
     essays: bool = False
+    apart: bool = False
     middle: int = 2
 
-    def grid(self, preset: Preset) -> tuple[float, ...]:
-        """The learning rates that a preset tries."""
-        if preset.rates is None:
+    def grid(self, count: int | None) -> tuple[float, ...]:
+        """All learning rates, or so many around the middle one."""
+        if count is None:
             return self.rates
-        first = self.middle - preset.rates // 2
-        return self.rates[first : first + preset.rates]
+        first = self.middle - count // 2
+        return self.rates[first : first + count]
 
-    def begin(self, params: Sequence[Tensor], preset: Preset) -> Step:
-        """What steps these parameters, all of them matrices."""
+    def begin(self, students: Students, preset: Preset, rate: float) -> Step:
+        """What steps these networks: it is called with the part of the peak rates that a step takes."""
         if preset.essays and self.essay is not None:
-            return self.essay(params)
-        return partial(_step, self.cls(list(params), lr=0.0, backend=preset.backend, **self.options))
+            rule = self.essay(students.groups(None, False))
+            return lambda part: rule(rate * part)
+        groups = students.groups(getattr(self.cls, "algorithm", None), self.apart)
+        optimizer = self.cls(groups, lr=rate, backend=preset.backend, **self.options)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return partial(_step, optimizer, peaks)
 
 
-def _step(optimizer: Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def _step(optimizer: Optimizer, peaks: Sequence[float], part: float) -> None:
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * part
     optimizer.step()
 
 
@@ -114,14 +119,15 @@ CONTENDERS = {
         Contender("signum", sl.SignSGD, _LION, {"momentum": 0.9}, middle=3),
         Contender("lion", sl.Lion, _LION, essays=True),
         # A thousandth of the rate, by the trust coefficient, and ten times that by momentum.
-        Contender("lars", sl.LARS, (0.3, 1.0, 3.0, 10.0, 30.0)),
-        Contender("lamb", sl.LAMB, _ADAM),
+        Contender("lars", sl.LARS, (0.3, 1.0, 3.0, 10.0, 30.0), apart=True),
+        Contender("lamb", sl.LAMB, _ADAM, apart=True),
         Contender("muon", sl.Muon, _ADAM, _MUON | {"weight_decay": 0.0}, essays=True),
         Contender("muonw", sl.Muon, _ADAM, _MUON | {"weight_decay": 0.01}),
         Contender("normuon", sl.Muon, _ADAM, _MUON | {"weight_decay": 0.0, "variant": "normuon"}),
+        Contender("adamuon", sl.Muon, _ADAM, _PLAIN_MOMENTUM | {"weight_decay": 0.0, "variant": "adamuon"}),
         # Small matrices would be merged to vectors otherwise.
-        Contender("shampoo", sl.Shampoo, _ADAM, {"merge_dims": False}, essay=essay.shampoo, essays=True, middle=3),
-        Contender("soap", sl.SOAP, _ADAM, {"weight_decay": 0.0}),
+        Contender("shampoo", sl.Shampoo, _ADAM, {"merge_dims": False}, essay.shampoo, True, True, 3),
+        Contender("soap", sl.SOAP, _ADAM, {"weight_decay": 0.0}, apart=True),
         Contender("muonh", sl.MuonH, _RELATIVE, _PLAIN_MOMENTUM, essays=True),
     )
 }

@@ -1,4 +1,7 @@
-"""Rules as the essay writes them, where the package's optimizers, which follow torch.optim and the papers, differ."""
+"""Rules as the essay writes them, where the package's optimizers, which follow torch.optim and the papers, differ.
+
+Parameters are matrices [..., m, n], with the seeds of a race in front.
+"""
 
 from __future__ import annotations
 
@@ -52,26 +55,30 @@ def shampoo(params: Sequence[Tensor]) -> Step:
     """
     buffers = [torch.zeros_like(p) for p in params]
     factors = [
-        [SHAMPOO_FLOOR * torch.eye(side, dtype=p.dtype, device=p.device) for side in p.shape] for p in params
-    ]  # for each parameter L [m, m] and R [n, n]
+        [SHAMPOO_FLOOR * torch.eye(n, dtype=p.dtype).expand(*p.shape[:-2], n, n).contiguous() for n in p.shape[-2:]]
+        for p in params
+    ]  # for each parameter L [..., m, m] and R [..., n, n]
 
     def step(lr: float) -> None:
         for p, u, (left, right) in zip(params, buffers, factors, strict=True):
             g = _grad(p)
             u.mul_(MOMENTUM).add_(g)
-            left.mul_(SHAMPOO_BETA).addmm_(g, g.mT, alpha=1.0 - SHAMPOO_BETA)
-            right.mul_(SHAMPOO_BETA).addmm_(g.mT, g, alpha=1.0 - SHAMPOO_BETA)
+            left.mul_(SHAMPOO_BETA).add_(g @ g.mT, alpha=1.0 - SHAMPOO_BETA)
+            right.mul_(SHAMPOO_BETA).add_(g.mT @ g, alpha=1.0 - SHAMPOO_BETA)
             p -= lr * (clipped_root(left) @ u @ clipped_root(right))
 
     return step
 
 
-def clipped_root(factor: Tensor) -> Tensor:
-    """V·max(λ, 1e-6)^(−1/4)·Vᵀ; of a factor that is not finite NaN, as LAPACK refuses it."""
-    if not bool(factor.isfinite().all()):
-        return torch.full_like(factor, torch.nan)
-    values, vectors = torch.linalg.eigh(factor)
-    return (vectors * values.clamp(min=SHAMPOO_FLOOR) ** -0.25) @ vectors.mT
+def clipped_root(factors: Tensor) -> Tensor:
+    """V·max(λ, 1e-6)^(−1/4)·Vᵀ of matrices [..., n, n]; of one that is not finite NaN, as LAPACK refuses it."""
+    finite = factors.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    values, vectors = torch.linalg.eigh(torch.where(finite, factors, 0.0))
+    # Each matrix's apart: torch takes other powers of a tensor's last few numbers than of those before.
+    rows = values.clamp(min=SHAMPOO_FLOOR).view(-1, values.shape[-1])
+    powers = torch.stack([row.pow(-0.25) for row in rows]).view_as(values)
+    roots = (vectors * powers.unsqueeze(-2)) @ vectors.mT
+    return torch.where(finite, roots, torch.nan)
 
 
 def _grad(p: Tensor) -> Tensor:

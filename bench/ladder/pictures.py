@@ -10,8 +10,8 @@ from typing import IO
 
 from stepladder.bench import report
 from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS
-from stepladder.bench.ladder.experiment import TARGET
 from stepladder.bench.ladder.race import Results, Standing
+from stepladder.bench.ladder.tasks import TASKS
 
 PAGE = Path(__file__).with_name("page.html")
 # The essay's optimizers have the strong colours; of the others, three are to spare.
@@ -49,21 +49,23 @@ def color(name: str) -> str:
 
 def about(results: Results) -> str:
     """What was raced, in a sentence or two."""
-    preset = PRESETS[results.preset]
+    setting = results.setting
+    task, preset = TASKS[setting.task], PRESETS[setting.preset]
     dtype = {"torch.float64": "fp64", "torch.float32": "fp32"}[str(preset.dtype)]
-    every = "at every step" if preset.every == 1 else f"every {preset.every} steps"
-    mean = "" if results.seeds == 1 else f", means over {results.seeds} seeds"
-    partly = "" if results.complete else f" Interrupted: {results.done} of {len(results.laps)} runs were finished."
+    every = "at every step" if setting.every == 1 else f"every {setting.every} steps"
+    mean = "" if setting.seeds == 1 else f", means over {setting.seeds} seeds"
+    partly = "" if results.complete else f" Interrupted: {results.done} of {results.total} runs were finished."
     return (
-        f"Preset {results.preset}: a tanh network learns another one's outputs, {results.steps} steps in {dtype}, each "
-        f"optimizer at its best learning rate{mean}. The training loss is recorded {every}, in units of the initial "
-        f"one; the target is {TARGET}.{partly}"
+        f"Preset {preset.name}: {task.about}, {setting.steps} steps in {dtype}, each optimizer at its best learning "
+        f"rate{mean}. The {task.loss} is recorded {every}; the target is {task.target:g}.{partly}"
     )
 
 
-def lowest(standings: list[Standing]) -> float:
-    """The least loss on any curve, at most the target."""
-    return min([TARGET, *(loss for standing in standings for loss in standing.curve[1])])
+def extent(results: Results) -> tuple[float, float]:
+    """Of the axis of losses: with the least loss on any curve and the target, up to a bit above the first loss."""
+    curves = [standing.curve[1] for standing in results.standings if standing.best_runs]
+    losses = [loss for curve in curves for loss in curve]
+    return min([results.setting.target, *losses]) / 1.5, 2.0 * max(curve[0] for curve in curves)
 
 
 def write_png(file: IO[bytes], results: Results) -> None:
@@ -76,9 +78,9 @@ def write_png(file: IO[bytes], results: Results) -> None:
     for standing in ranking:
         if standing.best_runs:
             curves.plot(*standing.curve, color=color(standing.name), label=f"{standing.name}, {standing.best_rate:g}")
-    curves.axhline(TARGET, color="#444", linestyle="--", linewidth=1)
-    curves.set(yscale="log", xlabel="step", ylabel="loss / initial loss", ylim=(lowest(ranking) / 1.5, 2.0))
-    curves.set_xlim(0, results.steps)
+    curves.axhline(results.setting.target, color="#444", linestyle="--", linewidth=1)
+    curves.set(yscale="log", xlabel="step", ylabel=TASKS[results.setting.task].loss, ylim=extent(results))
+    curves.set_xlim(0, results.setting.steps)
     curves.legend(fontsize="small", ncols=2, title="best rate")
 
     for row, standing in enumerate(reversed(ranking)):
@@ -88,7 +90,11 @@ def write_png(file: IO[bytes], results: Results) -> None:
         text = f" {steps:.0f}" if steps is not None else f" {missed(standing)}"
         bars.text(steps or 0, row, text, va="center", fontsize="small")
     bars.set_yticks(range(len(ranking)), [standing.name for standing in reversed(ranking)])
-    bars.set(xlabel=f"steps to {TARGET}", xlim=(0, results.steps), ylim=(-0.6, len(ranking) - 0.4))
+    bars.set(
+        xlabel=f"steps to {results.setting.target:g}",
+        xlim=(0, 1.1 * results.setting.steps),
+        ylim=(-0.6, len(ranking) - 0.4),
+    )
     figure.suptitle(about(results), fontsize="small", wrap=True)
     figure.savefig(file, format="png", dpi=130)
 
@@ -125,9 +131,10 @@ def write_html(file: IO[str], results: Results) -> None:
     data = {
         "about": about(results),
         "machine": report.header(results.machine) + " · " + results.machine["date"],
-        "steps": results.steps,
-        "target": TARGET,
-        "range": [math.log10(lowest(ranking) / 1.5), math.log10(2.0)],
+        "steps": results.setting.steps,
+        "target": results.setting.target,
+        "loss": TASKS[results.setting.task].loss,
+        "range": [math.log10(value) for value in extent(results)],
         "racers": racers,
     }
     # A browser ends a script at any </, in a string too.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from stepladder.bench import report
-from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS, Contender, Preset
-from stepladder.bench.ladder.experiment import TARGET, Problem, Student, schedule
+from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS, Contender
+from stepladder.bench.ladder.tasks import TASKS
 
+WARMUP, COOLDOWN = 0.1, 0.2
 # `final` is the least loss of these last steps.
 LAST = 50
 # Of a curve that is kept, at the most.
@@ -35,16 +36,31 @@ class Lap:
 
 
 @dataclass(frozen=True)
+class Heat:
+    """Laps of one optimizer at one learning rate that are run together.
+
+    Attributes:
+        optimizer: Its name.
+        rate: The peak learning rate.
+        seeds: Of the laps.
+    """
+
+    optimizer: str
+    rate: float
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """A lap that was run.
 
     Attributes:
         lap: Which.
-        final: The least loss recorded in the last 50 steps, in units of the initial one; infinite where it diverged.
-        steps_to_target: The first recorded step with a loss of at most 0.03, or None.
-        diverged: The step after which the loss was not finite, or None.
+        final: The least loss recorded in the last 50 steps; infinite where it diverged.
+        steps_to_target: The first recorded step with a loss of at most the target, or None.
+        diverged: The step at which a computed loss was not finite, or None.
         steps: Of the curve, thinned, from 0.
-        losses: The curve, in units of the initial loss.
+        losses: The curve.
     """
 
     lap: Lap
@@ -59,42 +75,110 @@ class StoppedError(Exception):
     """A run was called off."""
 
 
-def run(lap: Lap, preset: Preset, steps: int, report: Callable[[int], None] = lambda count: None) -> Run:
-    """Train, and record the full training loss over the initial one after every `preset.every` steps.
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a race have in common.
 
-    A run ends early where that loss is not finite.
+    Attributes:
+        task: Its name.
+        preset: Its name.
+        steps: T.
+        seeds: How many, from 0.
+    """
+
+    task: str
+    preset: str
+    steps: int
+    seeds: int
+
+    @property
+    def every(self) -> int:
+        """Steps between two records of the loss."""
+        return PRESETS[self.preset].every or TASKS[self.task].every
+
+    @property
+    def rates(self) -> int | None:
+        """How many of a grid are tried; None is all."""
+        return None if PRESETS[self.preset].steps else TASKS[self.task].rates
+
+    @property
+    def target(self) -> float:
+        """The loss to reach."""
+        return TASKS[self.task].target
+
+
+def schedule(step: int, steps: int) -> float:
+    """The part of the learning rate that a step takes, numbered from 0: linear warm-up, constant, cosine cool-down.
+
+    The first step takes 0, as t/T is 0 there.
+    """
+    done = step / steps
+    if done < WARMUP:
+        return done / WARMUP
+    if done <= 1.0 - COOLDOWN:
+        return 1.0
+    return 0.5 + 0.5 * math.cos(math.pi * (done - (1.0 - COOLDOWN)) / COOLDOWN)
+
+
+def run(heat: Heat, setting: Setting, report: Callable[[int], None] = lambda count: None) -> list[Run]:
+    """Train one optimizer at one rate from some seeds, together, and record the loss of each.
+
+    It is recorded after every `setting.every` steps. Not all of these losses are computed, but those that are kept,
+    those of the last steps, and before a run has reached the target whatever is needed to know that it has not. Runs
+    end early where no loss is finite any more.
 
     Args:
-        lap: What to run.
-        preset: In which setting.
-        steps: T.
-        report: Told now and then how many steps were made; what it raises ends the run.
+        heat: What to run.
+        setting: Of the race.
+        report: Told now and then how many steps were made, of all runs; what it raises ends them.
     """
-    student = Student(Problem.of(lap.seed, steps, preset.dtype))
-    step = CONTENDERS[lap.optimizer].begin(student.params, preset)
-    curve = {0: 1.0}
-    diverged = None
-    for t in range(steps):
-        student.backward(t)
-        step(lap.rate * schedule(t, steps))
-        done = t + 1
-        if done % REPORTED == 0:
-            report(REPORTED)
-        if done % preset.every == 0 or done == steps:
-            loss = student.loss() / student.initial
+    preset, steps, seeds = PRESETS[setting.preset], setting.steps, heat.seeds
+    students = TASKS[setting.task].begin(seeds, steps, preset.dtype)
+    step = CONTENDERS[heat.optimizer].begin(students, preset, heat.rate)
+    recorded = [*range(0, steps, setting.every), steps]
+    kept = set(thinned(recorded))
+    curves: list[dict[int, float]] = [{} for _ in seeds]
+    reached: list[int | None] = [None for _ in seeds]
+    diverged: list[int | None] = [None for _ in seeds]
+    due = iter(recorded)
+    following = next(due)
+    for t in range(steps + 1):
+        if t:
+            students.backward(t - 1)
+            step(schedule(t - 1, steps))
+            if t % REPORTED == 0:
+                report(REPORTED * len(seeds))
+        if t < following:
+            continue
+        following = next(due, steps + 1)
+        finite = [k for k in range(len(seeds)) if diverged[k] is None]
+        if t in kept or t > steps - LAST:
+            watched, losses = finite, students.losses(finite)
+        else:
+            watched = [k for k in finite if reached[k] is None]
+            losses = students.losses(watched, above=setting.target) if watched else None
+        if losses is None:
+            continue
+        for k, loss in zip(watched, losses, strict=True):
             if not math.isfinite(loss):
-                diverged = done
-                break
-            curve[done] = loss
-    return summary(lap, curve, steps, diverged)
+                diverged[k] = t
+                continue
+            curves[k][t] = loss
+            if loss <= setting.target and reached[k] is None:
+                reached[k] = t
+        if None not in diverged:
+            break
+    laps = [Lap(heat.optimizer, heat.rate, seed) for seed in seeds]
+    return [summary(lap, curves[k], kept, steps, reached[k], diverged[k]) for k, lap in enumerate(laps)]
 
 
-def summary(lap: Lap, curve: dict[int, float], steps: int, diverged: int | None) -> Run:
-    """What is kept of a run, from the losses by the number of steps before them."""
+def summary(
+    lap: Lap, curve: dict[int, float], kept: Collection[int], steps: int, reached: int | None, diverged: int | None
+) -> Run:
+    """What is kept of a run, from the losses that were computed by the number of steps before them."""
     final = math.inf if diverged is not None else min(loss for t, loss in curve.items() if t > steps - LAST and t)
-    reached = next((t for t, loss in curve.items() if loss <= TARGET), None)
-    kept = thinned(list(curve))
-    return Run(lap, final, reached, diverged, kept, [curve[t] for t in kept])
+    points = {t: loss for t, loss in curve.items() if t in kept}
+    return Run(lap, final, reached, diverged, list(points), list(points.values()))
 
 
 def thinned(recorded: Sequence[int]) -> list[int]:
@@ -186,22 +270,29 @@ class Results:
 
     Attributes:
         machine: As `stepladder bench` reports it.
-        preset: Its name.
-        steps: T.
-        seeds: How many, from 0.
+        setting: Of all its runs.
         standings: One for each optimizer, in the order of CONTENDERS.
     """
 
     machine: dict[str, Any]
-    preset: str
-    steps: int
-    seeds: int
+    setting: Setting
     standings: list[Standing]
 
     @property
-    def laps(self) -> list[Lap]:
-        """All that belong to the race: an optimizer's together, a rate's seeds together."""
-        return [Lap(s.name, rate, seed) for s in self.standings for rate in s.rates for seed in range(self.seeds)]
+    def total(self) -> int:
+        """How many laps belong to the race."""
+        return sum(len(s.rates) for s in self.standings) * self.setting.seeds
+
+    def heats(self) -> list[Heat]:
+        """What is still to be run: an optimizer's together, a rate's seeds together."""
+        heats = []
+        for standing in self.standings:
+            for rate in standing.rates:
+                done = {run.lap.seed for run in standing.at(rate)}
+                seeds = [seed for seed in range(self.setting.seeds) if seed not in done]
+                together = [seeds] if TASKS[self.setting.task].together else [[seed] for seed in seeds]
+                heats += [Heat(standing.name, rate, tuple(some)) for some in together if some]
+        return heats
 
     @property
     def done(self) -> int:
@@ -210,7 +301,7 @@ class Results:
 
     @property
     def complete(self) -> bool:
-        return self.done == len(self.laps)
+        return self.done == self.total
 
     @property
     def ranking(self) -> list[Standing]:
@@ -235,28 +326,24 @@ class Results:
 
 def start(
     machine: dict[str, Any],
-    preset: Preset,
+    setting: Setting,
     contenders: Sequence[Contender],
-    steps: int,
-    seeds: int,
     rates: Sequence[float] | None,
 ) -> Results:
     """A race in which nothing was run yet; `rates` stand in place of every grid."""
-    standings = [Standing(c.name, list(rates or c.grid(preset)), seeds, []) for c in contenders]
-    return Results(machine, preset.name, steps, seeds, standings)
+    grids = [list(rates or contender.grid(setting.rates)) for contender in contenders]
+    standings = [Standing(c.name, grid, setting.seeds, []) for c, grid in zip(contenders, grids, strict=True)]
+    return Results(machine, setting, standings)
 
 
 def as_json(results: Results) -> dict[str, Any]:
     """Everything that is known, ready for json.dump; what is infinite is null."""
-    preset = PRESETS[results.preset]
-    settings = {
-        "preset": results.preset,
-        "steps": results.steps,
-        "seeds": results.seeds,
+    setting, preset = results.setting, PRESETS[results.setting.preset]
+    settings = asdict(setting) | {
         "dtype": str(preset.dtype).removeprefix("torch."),
         "backend": preset.backend,
-        "recorded_every": preset.every,
-        "target": TARGET,
+        "recorded_every": setting.every,
+        "target": setting.target,
     }
     optimizers = []
     for standing in results.standings:
@@ -291,8 +378,16 @@ def from_json(value: dict[str, Any]) -> Results:
     """
     try:
         settings = value["settings"]
+        setting = Setting(*(settings[field.name] for field in fields(Setting)))
+        for what, name, known in (("preset", setting.preset, PRESETS), ("task", setting.task, TASKS)):
+            if name not in known:
+                raise ValueError(f"its {what} is {name!r}, expected {' or '.join(known)}")
+        if settings["target"] != setting.target:
+            raise ValueError(f"its target is {settings['target']}, expected {setting.target}")
         standings = []
         for row in value["optimizers"]:
+            if row["name"] not in CONTENDERS:
+                raise ValueError(f"it has an optimizer {row['name']!r}, expected {', '.join(CONTENDERS)}")
             runs = [
                 Run(
                     Lap(row["name"], r["rate"], r["seed"]),
@@ -304,14 +399,10 @@ def from_json(value: dict[str, Any]) -> Results:
                 )
                 for r in row["runs"]
             ]
-            standings.append(Standing(row["name"], row["rates"], settings["seeds"], runs))
-            if row["name"] not in CONTENDERS:
-                raise ValueError(f"it has an optimizer {row['name']!r}, expected {', '.join(CONTENDERS)}")
-        if settings["preset"] not in PRESETS:
-            raise ValueError(f"its preset is {settings['preset']!r}, expected {' or '.join(PRESETS)}")
+            standings.append(Standing(row["name"], row["rates"], setting.seeds, runs))
         if not all(len(r.steps) == len(r.losses) == len(s.best_runs[0].steps) for s in standings for r in s.best_runs):
             raise ValueError("curves of one rate differ in length")
         report.header(value["machine"])
-        return Results(value["machine"], settings["preset"], settings["steps"], settings["seeds"], standings)
+        return Results(value["machine"], setting, standings)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("it is not what `stepladder ladder --json` writes") from error

@@ -1,17 +1,18 @@
-"""Laps run one after another, or by several processes of one thread each."""
+"""Heats run one after another, or by several processes of one thread each."""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 
-from stepladder.bench.ladder.contenders import PRESETS
-from stepladder.bench.ladder.race import Lap, Run, StoppedError, run
+from stepladder.bench.ladder.race import Heat, Run, Setting, StoppedError, run
 
 SECONDS_BETWEEN_REPORTS = 0.1
 
@@ -20,28 +21,33 @@ _progress: Any
 _stop: Any
 
 
-def run_all(laps: Sequence[Lap], preset: str, steps: int, jobs: int, report: Callable[[int], None]) -> Iterator[Run]:
-    """Each lap's result as soon as it is there; `report` is told how many steps were made since its last call.
+def run_all(
+    heats: Sequence[Heat], setting: Setting, jobs: int, report: Callable[[int], None]
+) -> Generator[list[Run], None, None]:
+    """Each heat's results as soon as they are there; `report` is told how many steps were made since its last call.
 
-    Each lap has one thread, so that no result depends on `jobs`. Where the consumer is interrupted, what has begun is
+    Each heat has one thread, so that no result depends on `jobs`. Where the consumer is interrupted, what has begun is
     called off, and nothing is left running.
     """
     if jobs == 1:
         torch.set_num_threads(1)
-        for lap in laps:
-            yield run(lap, PRESETS[preset], steps, report)
+        for heat in heats:
+            yield run(heat, setting, report)
         return
     # Fresh interpreters: a fork would inherit torch's pool of threads without its threads.
     context = multiprocessing.get_context("spawn")
     progress, stop = context.Value("q", 0), context.Value("b", 0)
     seen = 0
-    with ProcessPoolExecutor(jobs, context, _initialise, (progress, stop)) as pool:
+    with (
+        _interrupts_at_rest() as check,
+        ProcessPoolExecutor(jobs, context, _initialise, (progress, stop)) as pool,
+    ):
         try:
             # Ctrl-C goes to all processes of a terminal. The workers, which start here, inherit that they do not get
-            # it; it waits until this process does again, and that tells them to stop.
+            # it; this process tells them to stop.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                left: set[Future[Run]] = {pool.submit(_run, lap, preset, steps) for lap in laps}
+                left: set[Future[list[Run]]] = {pool.submit(_run, heat, setting) for heat in heats}
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             while left:
@@ -51,9 +57,36 @@ def run_all(laps: Sequence[Lap], preset: str, steps: int, jobs: int, report: Cal
                 seen = now
                 for future in done:
                     yield future.result()
+                check()
         finally:
             stop.value = 1
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_at_rest() -> Iterator[Callable[[], None]]:
+    """Within, SIGINT raises KeyboardInterrupt nowhere but in what is yielded, once it is called.
+
+    Raised from within the pool's waiting, it would leave a lock taken for which the pool's own thread waits for ever.
+    """
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    # What a shell runs in the background ignores it.
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _initialise(progress: Any, stop: Any) -> None:
@@ -62,8 +95,8 @@ def _initialise(progress: Any, stop: Any) -> None:
     _progress, _stop = progress, stop
 
 
-def _run(lap: Lap, preset: str, steps: int) -> Run:
-    return run(lap, PRESETS[preset], steps, _report)
+def _run(heat: Heat, setting: Setting) -> list[Run]:
+    return run(heat, setting, _report)
 
 
 def _report(count: int) -> None:
