@@ -37,7 +37,7 @@ PAGES = {
 # Names in backticks that are documented become links, others code.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
-autodoc_type_aliases = {"Params": "Params", "Coefficients": "Coefficients", "Stacks": "Stacks"}
+autodoc_type_aliases = {"Params": "Params"}
 maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

@@ -57,7 +57,7 @@ def clip_grad_norm_(
         found_inf: One element; set to 1 where a gradient has an infinite or NaN element, else to 0.
 
     Returns:
-        The norm before clipping: a scalar, fp32, or fp64 where a parameter is.
+        The norm before clipping, a scalar of fp32, or of fp64 where a parameter is.
 
     Raises:
         RuntimeError: `error_if_nonfinite` and the norm is not; or a gradient is sparse.

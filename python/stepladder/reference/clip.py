@@ -45,7 +45,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
         norm_type: 1, 2 or math.inf.
 
     Returns:
-        The norm before: a scalar, fp32, or fp64 where a parameter is.
+        The norm before, a scalar of fp32, or of fp64 where a parameter is.
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     pairs = [(p.grad, widened(p.grad, p)) for p in params if p.grad is not None]

@@ -27,8 +27,8 @@ def adjustment(adjust_lr_fn: str | float | None, rows: int, columns: int) -> flo
     Args:
         adjust_lr_fn: None or "original" √max(1, m/n), "match_rms_adamw" 0.2√max(m, n), "spectral" √(m/n), "essay"
             √(max/min), or a number.
-        rows: m.
-        columns: n.
+        rows: The outputs m.
+        columns: The inputs n.
 
     Sources: Jordan et al. 2024; Liu et al., arXiv:2502.16982.
     """
