@@ -11,7 +11,10 @@ SANITIZED := tests/test_gpu.py tests/test_newton_schulz_cuda.py tests/test_matri
 export STEPLADDER_CUDA_ARCHITECTURES ?= 90a
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: build test sanitize bench lint format clean device device-build device-test device-sanitize device-bench
+# The scripts that draw the figures of the essay; drawing.py is what they share.
+FIGURES := $(filter-out drawing,$(patsubst examples/figures/%.py,%,$(wildcard examples/figures/*.py)))
+
+.PHONY: build test sanitize bench docs lint format clean device device-build device-test device-sanitize device-bench
 
 build: $(VENV)/.built
 
@@ -46,6 +49,15 @@ bench: build
 	$(BIN)/stepladder bench
 	$(BIN)/python examples/train_charlm.py --compare torch.AdamW:fused AdamW
 
+# Draws the figures, then makes the site. A warning, as of a link that leads nowhere, is an error.
+docs: build
+	mkdir -p docs/figures
+	for figure in $(FIGURES); do \
+	  $(BIN)/python examples/figures/$$figure.py --output docs/figures/$$figure.png || exit; \
+	done
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "The site begins at build/docs/index.html"
+
 # On a machine with a GPU, by $(PYTHON) and its own torch: nothing is downloaded, and .venv is left alone.
 device:
 	$(PYTHON) -m bench.device
@@ -74,4 +86,4 @@ format: $(VENV)/.lint
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info python/*.egg-info python/stepladder/_C*.so
+	rm -rf $(VENV) build dist docs/figures *.egg-info python/*.egg-info python/stepladder/_C*.so

@@ -1,10 +1,9 @@
-"""The examples, run as a user runs them, on a model small enough for a test; and the documents' code and links."""
+"""The examples, run as a user runs them, on a model small enough for a test."""
 
 from __future__ import annotations
 
 import csv
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "train_charlm.py"
 SWEEP = ROOT / "examples" / "sweep_charlm.py"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TINY = {"steps": 30, "batch": 4, "context": 16, "width": 32, "layers": 2, "heads": 2, "threads": 1}
 
 
@@ -116,20 +114,3 @@ def test_sweep_of_an_unknown_optimizer(tmp_path):
     assert process.returncode == 2
     assert "'Moun' is none of" in process.stderr
     assert rows is None
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/migration.md", "docs/muon.md", "docs/preconditioners.md"])
-def test_code_in_documents(name):
-    """A document's blocks run one after another, as a reader would type them."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-    assert blocks
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, name, "exec"), namespace)
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_in_documents(document):
-    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
-    files = [link.partition("#")[0] for link in links if "://" not in link]
-    assert [file for file in files if not (document.parent / file).exists()] == []

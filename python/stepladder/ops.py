@@ -44,7 +44,7 @@ def clip_grad_norm_(
 
     On a GPU nothing waits for the device, unless `error_if_nonfinite` asks for it.
 
-    As torch.nn.utils.clip_grad_norm_: gradients are multiplied by min(1, max_norm/(norm + 1e-6)). The norm is
+    As `torch.nn.utils.clip_grad_norm_`: gradients are multiplied by min(1, max_norm/(norm + 1e-6)). The norm is
     summed by a fixed tree in fp32 (fp64 for fp64 parameters), the same bits with any number of threads, and
     where nothing has to be scaled, nothing is written.
 
@@ -57,7 +57,7 @@ def clip_grad_norm_(
         found_inf: One element; set to 1 where a gradient has an infinite or NaN element, else to 0.
 
     Returns:
-        The norm before clipping: a scalar, fp32, or fp64 where a parameter is.
+        The norm before clipping, a scalar of fp32, or of fp64 where a parameter is.
 
     Raises:
         RuntimeError: `error_if_nonfinite` and the norm is not; or a gradient is sparse.

@@ -38,7 +38,7 @@ def qk_clip_(
         value_dim: Rows at the end of each key head that are left as they are, as values in a joint weight.
 
     Returns:
-        γ of each query head, fp32 or wider: [H].
+        γ of each query head, [H], fp32 or wider.
 
     Raises:
         TypeError: A tensor is not real floating-point.

@@ -130,7 +130,7 @@ def param_groups(
 ) -> ParamGroups:
     """Decide for each parameter of a model which algorithm it gets: Muon for hidden matrices, AdamW for the rest.
 
-        optimizer = sl.Muon(sl.param_groups(model), lr=0.02)
+    >>> optimizer = sl.Muon(sl.param_groups(model), lr=0.02)
 
     The first of these that speaks of a parameter decides:
 
@@ -157,15 +157,15 @@ def param_groups(
             `fallback`.
         head: Likewise, of the output head.
         rules: By globs for the full name of a parameter, or of a module around it; `*` takes dots too. The values
-            are as for `embeddings`: {"*.router.weight": "adamw", "*.q_proj": {"num_heads": 12}}. A dict without
+            are as for `embeddings`: `{"*.router.weight": "adamw", "*.q_proj": {"num_heads": 12}}`. A dict without
             "algorithm" leaves that open.
         split: By such globs, the rows of each of several matrices that stand below each other in one parameter,
-            as in a fused projection, or a number of equal ones: {"*.qkv": 3}. nn.MultiheadAttention, nn.LSTM,
+            as in a fused projection, or a number of equal ones: `{"*.qkv": 3}`. nn.MultiheadAttention, nn.LSTM,
             nn.GRU and grouped convolutions need no entry. Of a Conv1D of transformers, which stores its weight as
             (in, out) and gets fan_in_fan_out=True, they are the columns.
         decay_vectors: False sets weight_decay=0 for vectors and norms.
         print_table: Print parameter, shape, algorithm and reason of each.
-        options: For each algorithm what its groups are to have: muon={"lr": 0.02}, adamw={"lr": 3e-4}.
+        options: For each algorithm what its groups are to have: `muon={"lr": 0.02}, adamw={"lr": 3e-4}`.
 
     Returns:
         Groups with "params", "param_names", "algorithm" and the options, those of `algorithm` first. Tied parameters

@@ -18,7 +18,7 @@ class Adagrad(Optimizer):
     g ← g + λw;  G ← G + g²;  w ← w − η/(1 + (t − 1)δ) · g/(√G + ε). The essay puts ε inside the root.
 
     Args:
-        params: Parameters, named parameters, or groups of them.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16, fp16 or complex.
         lr: Learning rate η.
         lr_decay: δ.
         weight_decay: λ, added to the gradient.

@@ -24,7 +24,7 @@ class Adam(Optimizer):
     w ← w − (η/bc₁) m/(√v/√bc₂ + ε) with bcᵢ = 1 − βᵢᵗ; AMSGrad takes the largest v so far.
 
     Args:
-        params: Parameters, named parameters, or groups of them.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16, fp16 or complex.
         lr: Learning rate η.
         betas: (β₁, β₂).
         eps: ε.

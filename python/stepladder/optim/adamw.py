@@ -15,7 +15,7 @@ class AdamW(Adam):
     w ← (1 − ηλ)w, then Adam's step without λ in the gradient.
 
     Args:
-        params: Parameters, named parameters, or groups of them.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16, fp16 or complex.
         lr: Learning rate η.
         betas: (β₁, β₂).
         eps: ε.

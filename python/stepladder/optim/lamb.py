@@ -15,7 +15,7 @@ class LAMB(Optimizer):
     r = (m/bc₁)/(√v/√bc₂ + ε) + λw with Adam's m and v;  w ← w − η(‖w‖/‖r‖)r, the ratio 1 where a norm is 0.
 
     Args:
-        params: Parameters, named parameters, or groups of them; real.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16 or fp16.
         lr: Learning rate η.
         betas: (β₁, β₂).
         eps: ε.

@@ -15,7 +15,7 @@ class LARS(Optimizer):
     ρ = ξ‖w‖/(‖g‖ + λ‖w‖ + ε), 1 where ‖w‖ or ‖g‖ is 0;  v ← μv + ρ(g + λw);  w ← w − ηv.
 
     Args:
-        params: Parameters, named parameters, or groups of them; real.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16 or fp16.
         lr: Learning rate η.
         momentum: μ.
         weight_decay: λ.

@@ -15,7 +15,7 @@ class Lion(Optimizer):
     w ← (1 − ηλ)w − η sign(β₁m + (1 − β₁)g);  m ← β₂m + (1 − β₂)g. sign(0) is 0, and NaN stays NaN.
 
     Args:
-        params: Parameters, named parameters, or groups of them; real.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16 or fp16.
         lr: Learning rate η, about a third to a tenth of AdamW's.
         betas: (β₁, β₂).
         weight_decay: λ, decoupled; about three to ten times AdamW's.

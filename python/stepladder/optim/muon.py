@@ -42,7 +42,7 @@ class Muon(Orthogonalized):
       and n inputs.
 
     Args:
-        params: Parameters, named parameters, or groups of them; real.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16 or fp16.
         lr: Learning rate η. At 0 the weights stay as they are, bit for bit.
         weight_decay: λ, by the unadjusted η.
         momentum: μ.

@@ -23,7 +23,8 @@ class MuonH(Orthogonalized):
     `stepladder.Muon`; `algorithm="muonh"` is the default.
 
     Args:
-        params: Parameters, named parameters, or groups of them; real, and no matrix of them zero.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16 or fp16, and no
+            matrix of them zero.
         lr: η, the length of a step in units of R. At 0 the weights stay as they are, bit for bit.
         momentum: μ.
         nesterov: Take Nesterov's form.

@@ -16,7 +16,7 @@ class RMSprop(Optimizer):
     w ← w − ηg/d, with momentum b ← μb + g/d, w ← w − ηb. The essay puts ε inside the root.
 
     Args:
-        params: Parameters, named parameters, or groups of them.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16, fp16 or complex.
         lr: Learning rate η.
         alpha: α.
         eps: ε.

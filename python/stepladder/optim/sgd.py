@@ -15,7 +15,7 @@ class SGD(Optimizer):
     g ← g + λw;  v ← μv + (1 − τ)g, at the first step v = g;  w ← w − ηv, Nesterov: w ← w − η(g + μv).
 
     Args:
-        params: Parameters, named parameters, or groups of them.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16, fp16 or complex.
         lr: Learning rate η.
         momentum: μ; 0 keeps no state.
         dampening: τ.

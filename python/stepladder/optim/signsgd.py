@@ -16,7 +16,7 @@ class SignSGD(Optimizer):
     stays NaN.
 
     Args:
-        params: Parameters, named parameters, or groups of them; real.
+        params: Parameters, named parameters, or groups of them; fp32, fp64, bf16 or fp16.
         lr: Learning rate η.
         momentum: β, in [0, 1); 0 keeps no state.
         weight_decay: λ, decoupled.

@@ -56,7 +56,7 @@ __all__ = [
 
 Rule = Callable[..., tuple[Tensor, ...]]
 
-# By the names of csrc/rules/rules.def.
+#: The elementwise rules by their names in csrc/rules/rules.def.
 RULES: dict[str, Rule] = {
     "sgd": sgd,
     "momentum": momentum,
@@ -102,6 +102,9 @@ def step_parameter(
         clip_factor: Multiplies the gradient next.
         negate: Changes its sign (maximize).
         rounding: (seed, step, parameter index) of the stochastic rounding of a bf16 parameter.
+
+    Raises:
+        KeyError: There is no such rule.
     """
     g = widened(param.grad, param)  # type: ignore[arg-type]
     if inverse_scale is not None:

@@ -80,6 +80,16 @@ def inverse_root(
 ) -> tuple[Tensor, RootInfo] | tuple[list[Tensor], list[RootInfo]]:
     """The roots of `stepladder.ops.inverse_root`, computed in A's dtype; "auto" means "eigh".
 
+    Args:
+        A: Symmetric matrices [..., n, n] of fp32 or fp64, or a list of such tensors.
+        p: 1, 2 or 4.
+        eps: Absolute damping.
+        method: "eigh", "newton" or "auto".
+        relative_eps: Damping relative to each matrix's largest eigenvalue.
+
+    Returns:
+        The roots, like A, and what is known of each.
+
     Papers: Higham, Functions of Matrices, 2008; Anil et al. 2020, arXiv:2002.09018.
     """
     if not isinstance(A, Tensor):

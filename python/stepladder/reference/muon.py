@@ -22,7 +22,16 @@ ADAMUON_RMS = 0.2
 
 
 def adjustment(adjust_lr_fn: str | float | None, rows: int, columns: int) -> float:
-    """What the learning rate of an update of this shape is multiplied by."""
+    """What the learning rate of an update of this shape is multiplied by.
+
+    Args:
+        adjust_lr_fn: None or "original" √max(1, m/n), "match_rms_adamw" 0.2√max(m, n), "spectral" √(m/n), "essay"
+            √(max/min), or a number.
+        rows: The outputs m.
+        columns: The inputs n.
+
+    Sources: Jordan et al. 2024; Liu et al., arXiv:2502.16982.
+    """
     if adjust_lr_fn is None or adjust_lr_fn == "original":
         return math.sqrt(max(1, rows / columns))
     if adjust_lr_fn == "match_rms_adamw":
@@ -105,9 +114,9 @@ def muon(
     """One step of Muon: w ← (1 − ηλ)w − ηs·NS(u).
 
     Args:
-        w: Weights.
-        g: Gradient.
-        u: Momentum buffer.
+        w: Weights, [..., m, n], of any floating-point dtype, in which everything is computed.
+        g: Gradient, like w.
+        u: Momentum buffer, like w.
         lr: η.
         weight_decay: λ.
         momentum: μ.
@@ -123,6 +132,8 @@ def muon(
 
     Returns:
         The new weights and buffer.
+
+    Papers: Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al., arXiv:2502.16982.
     """
     w, g, u = turned(fan_in_fan_out, w, g, u)
     update, u = momentum_update(g, u, momentum, nesterov, momentum_form)
@@ -237,6 +248,9 @@ def qk_clip(
     value_dim: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Query and key weights after QK-Clip, head by head; arguments as `stepladder.qk_clip_`.
+
+    Returns:
+        New weights of the queries and of the keys.
 
     Paper: Kimi K2, arXiv:2507.20534.
     """

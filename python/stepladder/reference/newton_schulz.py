@@ -48,7 +48,10 @@ def newton_schulz(
     Everything is computed in X's dtype, but for the norm, which is taken in fp32 or wider. `method="auto"` is
     the standard form here.
 
-    Paper: Bernstein & Newhouse 2024, arXiv:2409.20325; Jordan 2024; Gram form: Dao-AILab 2025, gram-newton-schulz.
+    Returns:
+        Tensors as given, of the same shapes and dtypes.
+
+    Papers: Bernstein & Newhouse 2024, arXiv:2409.20325; Jordan 2024; Gram form: Dao-AILab 2025, gram-newton-schulz.
     """
     if not isinstance(X, Tensor):
         return [newton_schulz(x, coefficients, steps, method, eps) for x in X]

@@ -31,6 +31,13 @@ class BasisInfo(NamedTuple):
 def orthonormalize(X: Tensor, method: str = "auto") -> tuple[Tensor, BasisInfo]:
     """The bases of `stepladder.ops.orthonormalize`, computed in fp64 and rounded to X's dtype; "auto" is "cholesky".
 
+    Args:
+        X: Matrices [..., m, n] with m ≥ n.
+        method: "cholesky", "householder" or "auto".
+
+    Returns:
+        The bases, like X, and what is known of each.
+
     Paper: Fukaya et al. 2020, Shifted Cholesky QR, SIAM J. Sci. Comput. 42(1).
     """
     stack = X.reshape(X.shape[:-2].numel(), *X.shape[-2:])

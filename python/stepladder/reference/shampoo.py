@@ -61,7 +61,7 @@ def shampoo(
         relative_eps: Part of δ relative to the largest eigenvalue.
         weight_decay: λ.
         max_preconditioner_dim: The longest side of a block.
-        exponent: p.
+        exponent: p of the roots.
         grafting: Of GRAFTINGS; "none" leaves the norm of U, and takes Ĝ before there is one.
         grafting_beta2: Of v.
         grafting_eps: Added to the root of v.
