@@ -144,8 +144,8 @@ def test_refusals(gpu, change, message):
     places = {name: (x[i].data_ptr(), 16, 4, 1) for i, name in enumerate(("left", "right", "out"))}
     given = places | {"m": 4, "k": 4} | change
     before = gpu.launches()
+    product = (given["left"], given["right"], given["out"], 1, given["m"], 4, given["k"])
     with pytest.raises(gpu.Error, match=message):
-        product = (given["left"], given["right"], given["out"], 1, given["m"], 4, given["k"])
         gpu.GpuProducts(0).run([product], False, 0)
     assert gpu.launches() == before
     assert (x == 7.0).all()

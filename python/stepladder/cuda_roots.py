@@ -123,6 +123,11 @@ def update_grams(squares: Sequence[Tensor], others: Sequence[Tensor], beta: floa
     _kernels(_C.GpuGrams, device).run(given, beta, weight, current_stream(device.index or 0))
 
 
+def _place(x: Tensor) -> tuple[int, int, int, int]:
+    batch, row, column = x.stride()
+    return x.data_ptr(), batch, row, column
+
+
 def multiply(products: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
     """out ← left·right for (left, right, out) of [B, m, k], [B, k, n] and [B, m, n] on one GPU, in one launch.
 
@@ -133,7 +138,7 @@ def multiply(products: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
     for left, right, result in products:
         operands = left.resolve_neg(), right.resolve_neg()
         kept.append(operands)  # until the launch is enqueued
-        places = [(x.data_ptr(), *x.stride()) for x in (*operands, result)]
-        given.append((*places, len(result), left.shape[1], right.shape[2], left.shape[2]))
+        a, b, c = (_place(x) for x in (*operands, result))
+        given.append((a, b, c, len(result), left.shape[1], right.shape[2], left.shape[2]))
     stream = current_stream(out.device.index or 0)
     _kernels(_C.GpuProducts, out.device).run(given, out.dtype == torch.float64, stream)
