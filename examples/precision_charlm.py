@@ -28,6 +28,7 @@ from stepladder.optim import preconditioned
 
 # Bits of a mantissa, the leading one among them.
 BITS = {"tf32": 11, "bf16": 8}
+PRECISIONS = ("fp32", "tf32x3", "bf16x3", "tf32", "bf16")
 EARLY = 20  # steps after which weights are compared
 
 
@@ -39,7 +40,8 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 
 def multiplier(precision: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Products of two fp32 matrices in "fp32"; of operands rounded once, "tf32" and "bf16"; or of each as a sum of two
-    such numbers, without the product of both small ones, "tf32x3" and "bf16x3"."""
+    such numbers, without the product of both small ones, "tf32x3" and "bf16x3".
+    """
     if precision == "fp32":
         return torch.mm
     bits = BITS[precision.removesuffix("x3")]
@@ -109,8 +111,8 @@ def train(row: Row, text: Text, options: dict[str, int | float | str]) -> tuple[
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--precision", "precisions", multiple=True, type=click.Choice(["fp32", "tf32x3", "bf16x3", "tf32", "bf16"]),
-              default=("fp32", "tf32x3", "bf16x3", "tf32", "bf16"), help="Repeat for several.")  # fmt: skip
+@click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), default=PRECISIONS,
+              help="Repeat for several.")  # fmt: skip
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0, 1, 2), help="Repeat for several.")
 @click.option("--steps", type=click.IntRange(min=5), default=150)
 @click.option("--lr", type=float, default=9e-3, help="Peak learning rate.")

@@ -10,6 +10,7 @@ import torch
 from triton_interpreter import use_interpreter
 
 import stepladder as sl
+from stepladder.optim.state import checked_state
 
 # Of gradients whose factors have full rank: null spaces have no basis of their own.
 SHAPES = ((12, 12), (9,), (3, 4, 5))
@@ -220,3 +221,12 @@ def test_launches_do_not_grow_with_the_parameters(backend, counting, make, plain
     assert many == few
     # Triton has a kernel for G that goes by rows, and one for the other side.
     assert min(few[-2:]) == plain + (backend == "triton") < max(few)
+
+
+def test_a_step_count_stays_on_the_host():
+    """Of a parameter on a GPU and from a checkpoint, too: reading it there would wait for all that is enqueued."""
+    p = torch.nn.Parameter(torch.ones(3, 2, device="meta"))
+    group = sl.SOAP([torch.nn.Parameter(torch.ones(3, 2))]).param_groups[0]
+    names = sl.SOAP.states(group)
+    entry = {name: torch.zeros(sl.SOAP.state_shape(name, p, group)) for name in names} | {"step": torch.tensor(4.0)}
+    assert checked_state(sl.SOAP, 0, entry, p, group, "cuda")["step"].device.type == "cpu"

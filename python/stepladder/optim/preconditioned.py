@@ -162,6 +162,7 @@ class Preconditioned(Mixed):
     """An optimizer that preconditions a parameter along each of its dimensions."""
 
     timed = True
+    counts_on_host = True
     # Keys of a group, with their defaults.
     keys: ClassVar[frozenset[str]]
     late_keys = frozenset({"maximize"})
