@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 SANITIZED := tests/test_gpu.py tests/test_newton_schulz_cuda.py tests/test_matrix_root_cuda.py \
-  tests/test_orthonormalize_cuda.py tests/test_gram_cuda.py tests/test_newton_schulz.py tests/test_bitwise.py \
-  -k 'test_gpu or newton_schulz_cuda or matrix_root_cuda or orthonormalize_cuda or gram_cuda or tiles or (cuda and (sizes or layouts or stochastic))'
+  tests/test_orthonormalize_cuda.py tests/test_gram_cuda.py tests/test_multiply_cuda.py tests/test_newton_schulz.py tests/test_bitwise.py \
+  -k 'test_gpu or newton_schulz_cuda or matrix_root_cuda or orthonormalize_cuda or gram_cuda or multiply_cuda or tiles or (cuda and (sizes or layouts or stochastic))'
 # One architecture is enough to develop; a release has all of CMakeLists.txt's.
 export STEPLADDER_CUDA_ARCHITECTURES ?= 90a
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')

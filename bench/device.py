@@ -8,6 +8,7 @@ one runs.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -24,19 +25,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .targets import table, verdicts
+from .targets import root_verdicts, table, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "device"
 SITE = BUILD / "site"
 # Seconds that are kept for each part; what one leaves goes to the next. All together: under ten minutes.
-RESERVED = {"build": 130.0, "test": 150.0, "sanitize": 75.0, "bench": 210.0}
+RESERVED = {"build": 130.0, "test": 125.0, "sanitize": 70.0, "bench": 240.0}
 # Between asking a process to end, upon which a benchmark writes what it has, and ending it.
 GRACE = 15.0
 # Of the benchmark's time, for the one that compiles torch's step.
-COMPILING = 70.0
-# Of it, for the matrices; they get what the two others leave, too.
-MATRICES = 60.0
+COMPILING = 60.0
+# Of it, for Newton-Schulz iterations, and for roots, bases and SOAP; these get what the others leave, too.
+MATRICES, ROOTS = 50.0, 60.0
 # Tests that run on whatever STEPLADDER_TEST_DEVICE names speak of one of these, and say the backend in their names.
 FIXTURES = ("Kernels", "import DEVICE")
 BACKENDS = ("cuda", "triton")
@@ -120,6 +121,7 @@ class Session:
         self.out = out
         self.results = results
         self.rows: list[dict[str, Any]] = []
+        self.root_rows: list[dict[str, str]] = []
         name = "-".join("".join(c if c.isalnum() else " " for c in gpu["gpu"].lower()).split())
         self.stem = f"{datetime.now(timezone.utc):%Y-%m-%d}-{name}"
 
@@ -178,9 +180,21 @@ class Session:
         """The targets' cases; one against torch's compiled step, which may take its time to compile; the matrices."""
         begin = time.monotonic()
         sets = ("1000x768", "465-groups", "gpt2", "llama-1b")
-        failures = self._bench("", sets, ("adamw", "lion"), ("loop", "foreach", "fused"), limit - COMPILING - MATRICES)
+        kept = COMPILING + MATRICES + ROOTS
+        failures = self._bench("", sets, ("adamw", "lion"), ("loop", "foreach", "fused"), limit - kept)
         failures += self._bench("-compiled", ("gpt2",), ("adamw",), ("fused", "compiled"), COMPILING - GRACE)
-        return failures + self._bench_matrices(limit - (time.monotonic() - begin))
+        failures += self._bench_matrices(limit - (time.monotonic() - begin) - ROOTS)
+        return failures + self._bench_roots(limit - (time.monotonic() - begin))
+
+    def _bench_roots(self, limit: float) -> list[str]:
+        """Roots, bases, and SOAP's step on one of Llama 1B's layers."""
+        file = self.results / f"{self.stem}-roots.csv"
+        options = ["--device=cuda", "--seconds=0.3", "--layers=1", f"--csv={file}"]
+        failures = self._stepladder(["bench-roots", *options], "device-bench-roots.log", limit)
+        if file.exists():
+            with file.open(newline="") as rows:
+                self.root_rows = list(csv.DictReader(rows))
+        return failures
 
     def _bench_matrices(self, limit: float) -> list[str]:
         """Both forms of Newton-Schulz iterations of several sizes, and Muon's step."""
@@ -358,12 +372,14 @@ def carry_out(session: Any, parts: Sequence[str], budget: Budget, clock: Callabl
     return outcomes
 
 
-def report(outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]]) -> str:
+def report(
+    outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]], root_rows: Sequence[dict[str, str]] = ()
+) -> str:
     """The closing tables: how the parts went and, where anything was measured, the targets."""
     lines = [[o.part, f"{o.seconds:.0f} s", "; ".join(o.failures) or "ok"] for o in outcomes]
     shown = table(("part", "took", "outcome"), lines)
     if any(o.part == "bench" for o in outcomes):
-        found = [[v.target, v.wanted, v.measured or "–", v.word] for v in verdicts(rows)]
+        found = [[v.target, v.wanted, v.measured or "–", v.word] for v in [*verdicts(rows), *root_verdicts(root_rows)]]
         shown += "\n\n" + table(("target", "wanted", "measured", "verdict"), found)
     return shown
 
@@ -394,13 +410,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = carry_out(session, parts, Budget(parts), time.monotonic)
     summary = {"machine": found, "parts": [asdict(o) for o in outcomes]}
     if "bench" in parts:
-        summary["targets"] = [asdict(v) for v in verdicts(session.rows)]
+        every = [*verdicts(session.rows), *root_verdicts(session.root_rows)]
+        summary["targets"] = [asdict(v) for v in every]
     (out / "device.json").write_text(json.dumps(summary, indent=2) + "\n")
     with zipfile.ZipFile(out / "device-logs.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for log in sorted(out.glob("device-*.log")):
             archive.write(log, log.name)
             log.unlink()
-    print(f"\n{report(outcomes, session.rows)}")
+    print(f"\n{report(outcomes, session.rows, session.root_rows)}")
     return 1 if any(o.failures for o in outcomes) else 0
 
 

@@ -94,13 +94,13 @@ class Row:
         return not self.error <= TOLERANCE
 
 
-def checked(family: str) -> float:
+def checked(family: str, device: torch.device | str = "cpu", ours: str | None = None) -> float:
     """The largest relative distance of weights from the reference's, over three refreshes of small tensors."""
     generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=generator) for shape in SMALL]
-    grads = [[torch.randn(shape, generator=generator) for shape in SMALL] for _ in range(3 * FREQUENCY + 1)]
+    start = [torch.randn(shape, generator=generator).to(device) for shape in SMALL]
+    grads = [[torch.randn(s, generator=generator).to(device) for s in SMALL] for _ in range(3 * FREQUENCY + 1)]
     moved = []
-    for backend in (None, "reference"):
+    for backend in (ours, "reference"):
         params = [torch.nn.Parameter(x.clone()) for x in start]
         extra = {"relative_eps": 1e-3} if family == "Shampoo" else {}
         optimizer = getattr(sl, family)(params, precondition_frequency=FREQUENCY, backend=backend, **extra)

@@ -1,4 +1,4 @@
-"""`stepladder bench-roots`: inverse roots and orthonormal bases of many matrices against torch.linalg."""
+"""`stepladder bench-roots`: inverse roots and bases of many matrices against torch.linalg, and SOAP's step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch import Tensor
 from stepladder import backends
 from stepladder.bench import gpu, gpu_report, report
 from stepladder.bench.matrices import COLUMNS, Cpu, Machine, OnGpu, Row, csv_rows, timed
+from stepladder.bench.results import Quantiles
+from stepladder.bench.soap_step import LAYERS, hidden_matrices, measure_soap
 from stepladder.matrix_root import roots
 from stepladder.orthonormalize import bases
+from stepladder.reference.matrix_root import newton_roots
 
 CONDITION = 1e4
 EIGH, QR = "torch.linalg.eigh", "torch.linalg.qr"
@@ -25,6 +28,10 @@ ROOT_LIMIT, BASIS_LIMIT = 1e-3, 1e-5
 # Matrices and their side: a model's blocks of factors, and many small ones.
 ON_GPU, ON_CPU = ((230, 1024), (1024, 128)), ((4, 1024), (64, 128))
 BASES_ON_GPU, BASES_ON_CPU = ((64, 1024),), ((4, 1024),)
+# On a GPU torch decomposes the matrices of a batch one after another: so many of them are timed, and counted as all.
+EIGH_PART = 10
+# Roots that the exact ones, by Newton's method in fp64, are compared with by an eigendecomposition; relative.
+COMPARED, EXACT = 8, 1e-8
 
 
 def spd(count: int, n: int, condition: float, device: torch.device) -> Tensor:
@@ -50,18 +57,34 @@ def measure_roots(machine: Machine, count: int, n: int, p: int, seconds: float) 
     """Roots of one batch: the worst of them checked against fp64, then timed in turns."""
     A = spd(count, n, CONDITION, machine.device)
     row = Row(f"{count} roots of {n}, p={p}", limit=ROOT_LIMIT)
+    exact = exact_roots(A, p)
     ours: dict[str, Callable[[], Any]] = {}
     for name, backend in machine.ours.items():
         ours[name] = partial(roots, [A], p, 0.0, 0.0, "auto", backend)
-        row.errors[name] = worst_root(ours[name]()[0][0], A, p)
-    rivals = {EIGH: partial(by_eigh, A, p)}
-    return timed(row, machine, {name: run for name, run in ours.items() if name not in row.red} | rivals, seconds)
+        row.errors[name] = worst(ours[name]()[0][0], exact)
+    part = EIGH_PART if machine.device.type == "cuda" and count >= EIGH_PART else 1
+    rivals = {EIGH: partial(by_eigh, A[: count // part], p)}
+    row = timed(row, machine, {name: run for name, run in ours.items() if name not in row.red} | rivals, seconds)
+    if part > 1 and EIGH in row.ms:
+        scale = count / (count // part)
+        row.notes[EIGH] = f"of {count // part}, counted as {count}"
+        for found in (row.ms, row.ratios):
+            found[EIGH] = Quantiles(*(scale * value for value in found[EIGH]))
+    return row
 
 
-def worst_root(X: Tensor, A: Tensor, p: int) -> float:
+def exact_roots(A: Tensor, p: int) -> Tensor:
+    """In fp64, all NaN where they are not what an eigendecomposition gives; which takes too long for all of them."""
+    exact = newton_roots(A.double(), p, 0.0, 0.0)[0]
+    few = [by_eigh(a.double(), p) for a in A[:COMPARED]]
+    if not worst(exact[:COMPARED], torch.stack(few)) <= EXACT:
+        return torch.full_like(exact, torch.nan)
+    return exact
+
+
+def worst(X: Tensor, exact: Tensor) -> float:
     """The largest relative error, matrix by matrix; NaN where one is."""
-    exact = [by_eigh(a.double(), p) for a in A]
-    errors = torch.stack([(x - e).norm() / e.norm() for x, e in zip(X.double(), exact, strict=True)])
+    errors = (X.double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
     return float(errors.max())
 
 
@@ -78,7 +101,7 @@ def measure_bases(machine: Machine, count: int, n: int, seconds: float) -> Row:
         wide = q.double()
         eye = torch.eye(n, dtype=torch.float64, device=q.device)
         row.errors[name] = float((wide.mT @ wide - eye).flatten(1).norm(dim=1).max())
-        row.notes[name] = f"{int(info.fallback.sum())} fallbacks"
+        row.notes[name] = f"{int(info.fallback.sum())} of {count} fell back"
     rivals = {QR: partial(torch.linalg.qr, X)}
     return timed(row, machine, {name: run for name, run in ours.items() if name not in row.red} | rivals, seconds)
 
@@ -89,14 +112,13 @@ def table(rows: Sequence[Row], unit: str) -> Table:
         shown.add_column(column, justify="left" if column in ("matrices", "contender") else "right")
     for row in rows:
         for name in {**row.errors, **row.ms}:
+            note = row.notes.get(name, "")
             ratio = row.ratios.get(name)
             ratios = [f"{value:.2f}" for value in (ratio.median, ratio.p20, ratio.p80)] if ratio else [""] * 3
             ms = f"{row.ms[name].median:.4g}" if name in row.ms else ""
             error = f"{row.errors[name]:.1e}" if name in row.errors else ""
             check = "[bold red]red" if name in row.red else report.GREEN if error else ""
-            shown.add_row(
-                row.name, name, ms, *ratios, error, check + (f", {row.notes[name]}" if name in row.notes else "")
-            )
+            shown.add_row(row.name, name, ms, *ratios, error, ", ".join(filter(None, (check, note))))
     return shown
 
 
@@ -104,12 +126,18 @@ def table(rows: Sequence[Row], unit: str) -> Table:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where.")
 @click.option("--batch", "batches", type=(click.IntRange(min=1), click.IntRange(min=1)), multiple=True,
               help="Matrices and their side. [default: what fits the device]")  # fmt: skip
+@click.option("--layers", type=click.IntRange(min=0, max=LAYERS), default=0, show_default=True,
+              help="Steps of SOAP on the hidden matrices of so many of Llama 1B's layers, too.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="For a case's rounds.")
 @click.option("--csv", "csv_file", type=click.File("w", atomic=True), help="Write a row for each contender.")
-def bench_roots(device: str, batches: tuple[tuple[int, int], ...], seconds: float, csv_file: TextIO | None) -> None:
+def bench_roots(
+    device: str, batches: tuple[tuple[int, int], ...], layers: int, seconds: float, csv_file: TextIO | None
+) -> None:
     """Measure inverse fourth roots against torch.linalg.eigh, and bases of SOAP's refresh against torch.linalg.qr.
 
-    Every matrix is checked first: a root against fp64, a basis by its orthogonality.
+    With --layers also steps of SOAP, from one refresh to the next, against their products by torch.bmm alone and a
+    loop over the parameters. All are checked first: a root against fp64, a basis by its orthogonality, steps against
+    the reference.
     """
     console = Console()
     if not console.is_terminal:
@@ -135,14 +163,20 @@ def bench_roots(device: str, batches: tuple[tuple[int, int], ...], seconds: floa
             rows.append(measure_roots(machine, count, n, 4, seconds))
         for count, n in batches or (BASES_ON_GPU if on_gpu else BASES_ON_CPU):
             rows.append(measure_bases(machine, count, n, seconds))
+        if layers:
+            name = f"Llama 1B, {layers} of {LAYERS} layers"
+            rows.append(measure_soap(machine, hidden_matrices(layers), name, seconds))
     except KeyboardInterrupt:
         interrupted = True
     console.print(table(rows, str(machine.device)))
     if csv_file:
         columns = [column for column in COLUMNS if column not in ("form", "gflops") and "standard" not in column]
         written = [
-            {k: v for k, v in r.items() if k in columns} for row in rows for r in csv_rows(row, str(machine.device))
+            {k: v for k, v in r.items() if k in columns} | {"note": row.notes.get(r["contender"], "")}
+            for row in rows
+            for r in csv_rows(row, str(machine.device))
         ]
+        columns.append("note")
         report.write_rows(csv_file, facts, columns, written)
     if interrupted:
         raise click.Abort

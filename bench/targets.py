@@ -10,6 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 OURS = "stepladder-cuda"
+# Of rows of `stepladder bench-roots --csv`: what, rival, least ratio of the rival's time to ours.
+ROOTS = (
+    ("230 roots of 1024, p=4", "torch.linalg.eigh", 20.0),
+    ("1024 roots of 128, p=4", "torch.linalg.eigh", 20.0),
+    ("64 bases of 1024", "torch.linalg.qr", 10.0),
+    ("SOAP, 10 steps, Llama 1B, 1 of 16 layers", "torch.bmm", 0.8),  # ours takes at most 1.25 times as long
+    ("SOAP, 10 steps, Llama 1B, 1 of 16 layers", "loop over parameters", 3.0),
+)
+ROOTS_MS = 60.0  # of the first
 FUSED = "fused"
 # From this many elements on, a step is held to the bandwidth.
 LARGE = 100_000_000
@@ -59,6 +68,29 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         if row["contenders"]:
             cases.setdefault((row["optimizer"], row["dtype"], row["shapes"]), row)
     return list(_verdicts(cases))
+
+
+def root_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """The targets of roots, bases and SOAP's step.
+
+    Args:
+        rows: Of the CSV file, as strings.
+    """
+    cases = {(row["what"], row["contender"]): row for row in rows}
+    found = []
+    for index, (what, rival, bound) in enumerate(ROOTS):
+        ours, theirs = cases.get((what, OURS), {}), cases.get((what, rival), {})
+        if index == 0:
+            ms = float(ours["ms_median"]) if ours.get("ms_median") else None
+            found.append(_at_most(what, ms, ROOTS_MS, lambda v: f"{v:.1f} ms"))
+        ratio = float(theirs["ratio_median"]) if ours.get("ms_median") and theirs.get("ratio_median") else None
+        note = ours.get("note")
+        found.append(_at_least(f"{rival} over ours, {what}" + (f" ({note})" if note else ""), ratio, bound, _times))
+    return found
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def _verdicts(cases: dict[tuple[str, str, str], Row]) -> Iterator[Verdict]:

@@ -292,7 +292,7 @@ def test_roots_and_bases_are_checked_timed_and_written(tmp_path: Path) -> None:
 
 
 def test_wrong_roots_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roots, "worst_root", lambda X, A, p: float("nan"))
+    monkeypatch.setattr(roots, "worst", lambda X, exact: float("nan"))
     result = CliRunner().invoke(bench_roots, ["--batch", "2", "8", "--seconds", "0"])
     assert result.exit_code == 1
     assert "red" in result.output

@@ -5,7 +5,8 @@ set(GPU_MATRIX_SOURCES ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/gpu_on_chip.cu
                        ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_on_chip.cu
                        ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_grouped.cu
                        ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_bases.cu
-                       ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_grams.cu)
+                       ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_grams.cu
+                       ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_multiply.cu)
 set(GPU_KERNEL_SOURCES ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_kernels.cu
                        ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_norms.cu
                        ${GPU_MATRIX_SOURCES})
@@ -17,6 +18,7 @@ set(GPU_HOST_SOURCES ${CMAKE_CURRENT_LIST_DIR}/multi_tensor/gpu_executor.cpp
                      ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_iteration.cpp
                      ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_basis_passes.cpp
                      ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_grams.cpp
+                     ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_multiply.cpp
                      ${CMAKE_CURRENT_LIST_DIR}/matrix_root/gpu_bindings.cpp)
 
 # Kernels of one pair of storage dtypes: those of the parameter and of the states.

@@ -15,7 +15,21 @@ import torch
 from click.testing import CliRunner
 
 import stepladder as sl
-from stepladder.bench import cli, device, gpu, gpu_report, processes, rivals, runner, targets, traffic
+from stepladder.bench import (
+    cli,
+    device,
+    gpu,
+    gpu_report,
+    matrices,
+    processes,
+    report,
+    rivals,
+    roots,
+    runner,
+    soap_step,
+    targets,
+    traffic,
+)
 from stepladder.bench.cases import CASES
 from stepladder.bench.measure import Contenders, Settings
 from stepladder.bench.rivals import COMPILED, MOST_COMPILED, Other, rivals_of
@@ -353,6 +367,75 @@ def test_targets_of_small_tensors():
     assert verdict_of(rows, "launches a step") == ("not measured", None)
 
 
+def root_row(what, contender, ms="", ratio="", note=""):
+    return {"what": what, "contender": contender, "ms_median": ms, "ratio_median": ratio, "note": note}
+
+
+def test_targets_of_roots():
+    (first, eigh, _), *_, (soap, loop, _) = targets.ROOTS
+    rows = [root_row(first, targets.OURS, "59.5"), root_row(first, eigh, "1190", "20.0")]
+    rows += [root_row(soap, targets.OURS, "100", note="3 of 64 fell back"), root_row(soap, "torch.bmm", "79", "0.79")]
+    found = {v.target: (v.word, v.measured) for v in targets.root_verdicts(rows)}
+    assert found[first] == ("reached", "59.5 ms")
+    assert found[f"{eigh} over ours, {first}"] == ("reached", "20.0")
+    assert found[f"torch.bmm over ours, {soap} (3 of 64 fell back)"] == ("MISSED", "0.79")
+    assert found[f"{loop} over ours, {soap} (3 of 64 fell back)"] == ("not measured", None)
+    # One that is red has no time, and its rivals' are not counted.
+    red = [root_row(first, targets.OURS), root_row(first, eigh, "1190", "20.0")]
+    assert {v.reached for v in targets.root_verdicts(red)} == {None}
+
+
+def test_roots_and_steps_of_the_command_are_those_of_the_targets(monkeypatch, tmp_path):
+    """All of `bench-roots --device cuda`, with a CPU in the GPU's place and small matrices under the names."""
+
+    class Fake(matrices.Cpu):
+        ours = {targets.OURS: None}  # noqa: RUF012
+
+        def __init__(self, clock, names):
+            super().__init__()
+
+    monkeypatch.setattr(roots.gpu, "available", lambda names: (["cuda"], {}))
+    monkeypatch.setattr(roots.gpu, "Gpu", lambda: None)
+    monkeypatch.setattr(roots, "OnGpu", Fake)
+    Fake._clock = None
+    monkeypatch.setattr(gpu_report, "machine", lambda gpu: FACTS)
+    monkeypatch.setattr(gpu_report, "header", lambda facts: "a machine")
+
+    def small(measure):
+        def measured(machine, count, n, *rest):
+            row = measure(machine, 2, 6, *rest)
+            row.name = row.name.replace("2 ", f"{count} ", 1).replace("of 6", f"of {n}")
+            return row
+
+        return measured
+
+    for name in ("measure_roots", "measure_bases"):
+        monkeypatch.setattr(roots, name, small(getattr(roots, name)))
+    monkeypatch.setattr(roots, "hidden_matrices", lambda layers: [(8, 6), (6, 8), (6, 6)])
+    file = tmp_path / "rows.csv"
+    options = ["--device=cuda", "--layers=1", "--seconds=0", f"--csv={file}"]
+    done = CliRunner().invoke(roots.bench_roots, options)
+    assert done.exit_code == 0, done.output
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert all(v.reached is not None for v in targets.root_verdicts(rows)), done.output
+    assert {row["check"] for row in rows if row["contender"] == targets.OURS} == {report.GREEN}
+
+
+def test_a_step_that_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(soap_step, "checked", lambda *arguments: 0.5)
+    row = soap_step.measure_soap(matrices.Cpu(), [(6, 4)], "small", 0.0)
+    assert row.red == ["stepladder"]
+    assert row.ms == {}
+
+
+def test_hidden_matrices_are_those_of_the_model():
+    found = soap_step.hidden_matrices(soap_step.LAYERS)
+    assert len(found) == 7 * 16
+    assert sum(m * n for m, n in found) == 973_078_528
+    assert soap_step.hidden_matrices(1) * 16 == found
+
+
 def test_sets_and_optimizers_of_the_targets_exist():
     assert {*targets.LARGE_SETS, targets.MANY_TENSORS, targets.MANY_GROUPS} <= set(SETS)
     assert {*targets.LARGE_SETS, targets.MANY_TENSORS, targets.MANY_GROUPS} <= set(runner.GPU_SHAPES)
@@ -369,8 +452,8 @@ class Clock:
 
 def test_budget_keeps_time_for_later_parts():
     assert sum(device.RESERVED.values()) < 600 - 2 * device.GRACE
-    assert device.RESERVED["bench"] >= device.COMPILING + device.MATRICES + 60
-    assert min(device.COMPILING, device.MATRICES) > 2 * device.GRACE
+    assert device.RESERVED["bench"] >= device.COMPILING + device.MATRICES + device.ROOTS + 60
+    assert min(device.COMPILING, device.MATRICES, device.ROOTS) > 2 * device.GRACE
     clock = Clock()
     budget = device.Budget(
         ("build", "test", "bench"), {"build": 10.0, "test": 20.0, "sanitize": 5.0, "bench": 30.0}, clock
@@ -506,22 +589,31 @@ def test_what_the_parts_run(monkeypatch, tmp_path):
     del ran[:]
     assert session.bench(200.0) == []
     # Nothing took any time, so that the last has all of it, but for what runs between the clock's readings.
-    *limits, last = [limit for _, _, limit, _ in ran]
-    assert limits == [200.0 - device.COMPILING - device.MATRICES, device.COMPILING - device.GRACE]
+    *limits, matrices, last = [limit for _, _, limit, _ in ran]
+    kept = device.COMPILING + device.MATRICES + device.ROOTS
+    assert limits == [200.0 - kept, device.COMPILING - device.GRACE]
+    assert 190.0 < matrices + device.ROOTS <= 200.0
     assert 190.0 < last <= 200.0
     assert session.rows == [1, 2]
+    assert session.root_rows == []
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json"]
     # Every option is one that the command has; the last writes its rows beside the others'.
     for command, *_ in ran:
         accepted = {option for parameter in main.commands[command[3]].params for option in parameter.opts}
         assert {option.partition("=")[0] for option in command[4:]} <= accepted
-    assert [command[3] for command, *_ in ran] == ["bench", "bench", "bench-matrices"]
+    assert [command[3] for command, *_ in ran] == ["bench", "bench", "bench-matrices", "bench-roots"]
     assert {log.name for _, log, *_ in ran} == {
         "device-bench.log",
         "device-bench-compiled.log",
         "device-bench-matrices.log",
+        "device-bench-roots.log",
     }
-    assert f"--csv={tmp_path / session.stem}-matrices.csv" in ran[-1][0]
+    assert f"--csv={tmp_path / session.stem}-matrices.csv" in ran[-2][0]
+    roots = tmp_path / f"{session.stem}-roots.csv"
+    assert f"--csv={roots}" in ran[-1][0]
+    roots.write_text("what,contender\nroots,ours\n")
+    assert session._bench_roots(1.0) == []
+    assert session.root_rows == [{"what": "roots", "contender": "ours"}]
     monkeypatch.setattr(device, "find_sanitizer", lambda: None)
     assert "compute-sanitizer" in session.sanitize(1.0)[0]
 

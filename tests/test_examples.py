@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "train_charlm.py"
 SWEEP = ROOT / "examples" / "sweep_charlm.py"
+PRECISION = ROOT / "examples" / "precision_charlm.py"
 TINY = {"steps": 30, "batch": 4, "context": 16, "width": 32, "layers": 2, "heads": 2, "threads": 1}
 
 
@@ -86,6 +87,26 @@ def sweep(tmp_path, *arguments):
     sizes = [f"--{name}={value}" for name, value in TINY.items()]
     process = subprocess.run([sys.executable, SWEEP, *sizes, "--csv", path, *arguments], capture_output=True, text=True)
     return process, list(csv.DictReader(path.open())) if path.exists() else None
+
+
+def test_precision(tmp_path):
+    """A run for each precision, the coarser the further from fp32's products; fp32 comes first, asked for or not."""
+    path = tmp_path / "rows.csv"
+    sizes = [f"--{name}={value}" for name, value in TINY.items() if name != "threads"]
+    chosen = [f"--precision={name}" for name in ("bf16", "tf32", "tf32x3")]
+    command = [sys.executable, PRECISION, *sizes, "--steps=6", "--seed=3", *chosen, "--csv", path]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    rows = list(csv.DictReader(path.open()))
+    assert [(row["precision"], row["seed"], row["steps"]) for row in rows] == [
+        (name, "3", "6") for name in ("fp32", "bf16", "tf32", "tf32x3")
+    ]
+    fp32, bf16, tf32, tf32x3 = (float(row["error"]) for row in rows)
+    # Both operands are rounded, each by half a unit at the most.
+    assert tf32x3 < 2.0**-20 < tf32 < 2 * 2.0**-11 < bf16 < 2 * 2.0**-8
+    assert fp32 < 2.0**-20
+    assert float(rows[0]["apart"]) == 0.0 < float(rows[3]["apart"])
+    assert all(3.0 < float(row["final_loss"]) < 5.0 for row in rows)
 
 
 def test_sweep(tmp_path):

@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
 
 from stepladder import _C
-from stepladder.triton_kernels import gram, matrix_root, newton_schulz, orthonormalize
+from stepladder.triton_kernels import gram, matrix_root, multiply, newton_schulz, orthonormalize
 from stepladder.triton_kernels.specialize import DTYPES, SCALE, Kernel, norm_kernels, rule_kernels
 
 
@@ -50,7 +50,13 @@ def specializations(rules: list[str] | None = None) -> list[Kernel | newton_schu
         found += [kernel for param, state in chosen for kernel in rule_kernels(rule, param, state)]
     if rules is None:
         found += [kernel for kind in range(3) for kernel in norm_kernels(kind)] + [SCALE]
-        found += newton_schulz.kernels() + matrix_root.kernels() + gram.kernels() + orthonormalize.kernels()
+        found += (
+            newton_schulz.kernels()
+            + matrix_root.kernels()
+            + gram.kernels()
+            + orthonormalize.kernels()
+            + multiply.kernels()
+        )
     return found
 
 

@@ -102,7 +102,9 @@ gram_products(SL_ARGUMENTS(BasisLaunch) launch) {
       __syncthreads();
       start(k + (kStages - 1) * kDepth);
       const double* const at = memory + k / kDepth % kStages * (2 * kPanel);
-      if (active) part.add_columns(at + warp.row, kBetween, at + kPanel + warp.column, kBetween, kDepth);
+      if (active)
+        part.template add_product<false, true, true>(at + warp.row, kBetween, at + kPanel + warp.column, kBetween,
+                                                     kDepth);
     }
     gpu::wait_for_copies<0>();
     __syncthreads();
@@ -132,7 +134,8 @@ SL_DEVICE void reduce_block(double* memory, const double* rows, int num_rows, co
                             int column, int stride) {
   P part;
   clear(part);
-  if (column > 0) multiply_tile<double>({rows, pivot, num_rows, num_pivots, stride}, column, memory, part, true);
+  if (column > 0)
+    multiply_tile<double>(Copies<double>(rows, pivot, num_rows, num_pivots, stride), column, memory, part, true);
   const WarpPlace<double> warp;
   part.for_pairs([&](int r, int c, double& low, double& high) {
     r += warp.row;

@@ -9,6 +9,7 @@
 #include "matrix_root/gpu_basis_passes.h"
 #include "matrix_root/gpu_grams.h"
 #include "matrix_root/gpu_iteration.h"
+#include "matrix_root/gpu_multiply.h"
 #include "newton_schulz/py_matrix.h"
 
 namespace py = pybind11;
@@ -72,6 +73,23 @@ std::vector<GramRecord> grams_of(const std::vector<PyGram>& given) {
   return grams;
 }
 
+// Address, strides from matrix to matrix, row to row, column to column.
+using PyPlace = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+// Left, right, out; matrices, rows of the left, columns of the right, what is summed over.
+using PyProduct = std::tuple<PyPlace, PyPlace, PyPlace, int64_t, int64_t, int64_t, int64_t>;
+
+Place place_of(const PyPlace& given) {
+  const auto& [address, batch_stride, row_stride, column_stride] = given;
+  return {reinterpret_cast<char*>(address), batch_stride, row_stride, column_stride};
+}
+
+std::vector<ProductRecord> products_of(const std::vector<PyProduct>& given) {
+  std::vector<ProductRecord> products;
+  for (const auto& [left, right, out, batch, m, n, k] : given)
+    products.push_back({place_of(left), place_of(right), place_of(out), batch, m, n, k});
+  return products;
+}
+
 // Dynamic shared memory of a block, by the kernel's name.
 py::dict root_kernels() {
   py::dict all;
@@ -79,7 +97,8 @@ py::dict root_kernels() {
   for (const gpu::Kernel* kernel :
        {&b.begin, &b.load, &b.gram, &b.factor, &b.eliminate, &b.solve, &b.judge, &b.reflect, &b.write})
     all[kernel->name] = kernel->shared_bytes;
-  all[gram_kernel().name] = gram_kernel().shared_bytes;
+  for (const gpu::Kernel& kernel : {gram_kernel(), product_kernels().fast, product_kernels().wide})
+    all[kernel.name] = kernel.shared_bytes;
   const GroupedKernels& k = grouped_kernels();
   for (const gpu::Kernel* kernel :
        {&k.begin, &k.find_top, &k.load_fast, &k.load_wide, &k.fast, &k.wide, &k.write_fast, &k.write_wide})
@@ -145,8 +164,16 @@ void bind_matrix_root_gpu(py::module_& m) {
             grams.run(grams_of(matrices), beta, weight, reinterpret_cast<gpu::Stream>(stream));
           },
           py::arg("matrices"), py::arg("beta"), py::arg("weight"), py::arg("stream"));
+  py::class_<GpuProducts>(m, "GpuProducts", py::module_local())
+      .def(py::init<int>(), py::arg("device"))
+      .def(
+          "run",
+          [](GpuProducts& products, const std::vector<PyProduct>& given, bool wide, uintptr_t stream) {
+            products.run(products_of(given), wide, reinterpret_cast<gpu::Stream>(stream));
+          },
+          py::arg("products"), py::arg("wide"), py::arg("stream"));
   m.def("root_kernels", &root_kernels,
-        "Dynamic shared memory of the blocks of inverse roots, bases and Gram matrices, by kernel.");
+        "Dynamic shared memory of the blocks of inverse roots, bases, Gram matrices and products, by kernel.");
 }
 
 }  // namespace stepladder

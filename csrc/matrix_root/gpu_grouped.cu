@@ -226,9 +226,9 @@ SL_DEVICE void run_operations(const RootLaunch& launch) {
       const Operation& operation = launch.states[job.matrix].operation;
       const int n = static_cast<int>(matrix.n), stride = static_cast<int>(matrix.stride());
       if (operation.left >= 0)
-        multiply_tile<T>({buffer_of<T>(launch, matrix, operation.left) + int64_t{job.row} * stride,
-                          buffer_of<T>(launch, matrix, operation.right) + int64_t{job.column} * stride, n - job.row,
-                          n - job.column, stride},
+        multiply_tile<T>(Copies<T>(buffer_of<T>(launch, matrix, operation.left) + int64_t{job.row} * stride,
+                                   buffer_of<T>(launch, matrix, operation.right) + int64_t{job.column} * stride,
+                                   n - job.row, n - job.column, stride),
                          stride, memory, part, is_active<T>(job, warp, n));
     }
     // Read anew.

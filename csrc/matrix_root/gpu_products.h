@@ -1,9 +1,9 @@
-// Products of symmetric matrices on the tensor cores, in fp32 and in fp64: a warp's part of a tile.
+// Products on the tensor cores, in fp32 and in fp64: a warp's part of a tile.
 //
-// Both operands are read by rows, as the right one's columns are its rows. fp32 is split into two numbers of tf32, and
-// the product of the two small ones left out; each part of the inner dimension is added to the sum by an addition that
-// rounds to nearest, as the tensor cores' own cut off.
-// Paper: Ootomo & Yokota 2022, arXiv:2203.03341.
+// Both operands are read by rows, the right one's being columns of its matrix. They lie in shared memory row after row,
+// or down: what they are summed over after another, elements of all rows side by side. fp32 is split into two numbers
+// of tf32, and the product of the two small ones left out; each part of the inner dimension is added to the sum by an
+// addition that rounds to nearest, as the tensor cores' own cut off. Paper: Ootomo & Yokota 2022, arXiv:2203.03341.
 #pragma once
 
 #include "common/gpu.h"
@@ -38,6 +38,12 @@ struct Part<float, kRows, kColumns> {
     }
   }
 
+  // What load_matrices gives, of elements that lie down: the second of each two `near` the first, the next two `far`.
+  SL_DEVICE static void load_down(const float* at, int near, int far, uint32_t* words) {
+    SL_UNROLL
+    for (int k = 0; k < 4; ++k) words[k] = bit_cast<uint32_t>(at[k % 2 * near + k / 2 * far]);
+  }
+
   SL_DEVICE static void split(const uint32_t* words, int count, uint32_t* large, uint32_t* small) {
     SL_UNROLL
     for (int k = 0; k < count; ++k) {
@@ -48,24 +54,34 @@ struct Part<float, kRows, kColumns> {
   }
 
   // Adds left right^T over `depth`, a multiple of 8; rows are aligned to 16 bytes. kExact: all elements are tf32 as
-  // they are.
-  template <bool kExact = false>
+  // they are. kLeftDown, kRightDown: that operand lies down, and its stride is from one element of the sum to the next.
+  template <bool kExact = false, bool kLeftDown = false, bool kRightDown = false>
   SL_DEVICE void add_product(const float* left, int left_stride, const float* right, int right_stride, int depth) {
     const int lane = threadIdx.x % 32;
-    const float* const a_at = left + (lane % 16) * left_stride + lane / 16 * 4;
-    const float* const b_at = right + (lane % 8 + lane / 16 * 8) * right_stride + lane / 8 % 2 * 4;
+    const float* const a_at =
+        kLeftDown ? left + lane % 4 * left_stride + lane / 4 : left + (lane % 16) * left_stride + lane / 16 * 4;
+    const float* const b_at = kRightDown ? right + lane % 4 * right_stride + lane / 4
+                                         : right + (lane % 8 + lane / 16 * 8) * right_stride + lane / 8 % 2 * 4;
     SL_ROLLED
     for (int k = 0; k < depth; k += kStep) {
       uint32_t words[4], large_b[kColumnParts / 2][4], small_b[kColumnParts / 2][4];
       SL_UNROLL
       for (int j = 0; j < kColumnParts / 2; ++j) {
-        gpu::load_matrices<4, false>(b_at + j * 16 * right_stride + k, words);
+        if (kRightDown) {
+          load_down(b_at + k * right_stride + j * 16, 4 * right_stride, 8, words);
+        } else {
+          gpu::load_matrices<4, false>(b_at + j * 16 * right_stride + k, words);
+        }
         split(words, 4, large_b[j], small_b[j]);
       }
       SL_UNROLL
       for (int i = 0; i < kRowParts; ++i) {
         uint32_t large_a[4], small_a[4];
-        gpu::load_matrices<4, false>(a_at + i * 16 * left_stride + k, words);
+        if (kLeftDown) {
+          load_down(a_at + k * left_stride + i * 16, 8, 4 * left_stride, words);
+        } else {
+          gpu::load_matrices<4, false>(a_at + i * 16 * left_stride + k, words);
+        }
         split(words, 4, large_a, small_a);
         // Two columns at a time, as registers are scarce.
         SL_UNROLL
@@ -103,34 +119,21 @@ struct Part<double, kRows, kColumns> {
     }
   }
 
-  // Adds left right^T over `depth`, a multiple of 4.
+  // Adds left right^T over `depth`, a multiple of 4. kLeftDown, kRightDown: that operand lies down.
+  template <bool kExact = false, bool kLeftDown = false, bool kRightDown = false>
   SL_DEVICE void add_product(const double* left, int left_stride, const double* right, int right_stride, int depth) {
+    const int left_row = kLeftDown ? 1 : left_stride, left_step = kLeftDown ? left_stride : 1;
+    const int right_row = kRightDown ? 1 : right_stride, right_step = kRightDown ? right_stride : 1;
     const int lane = threadIdx.x % 32;
-    const double* const a_at = left + lane / 4 * left_stride + lane % 4;
-    const double* const b_at = right + lane / 4 * right_stride + lane % 4;
+    const double* const a_at = left + lane / 4 * left_row + lane % 4 * left_step;
+    const double* const b_at = right + lane / 4 * right_row + lane % 4 * right_step;
     SL_ROLLED
     for (int k = 0; k < depth; k += kStep) {
       double a[kRowParts], b[kColumnParts];
       SL_UNROLL
-      for (int i = 0; i < kRowParts; ++i) a[i] = a_at[i * 8 * left_stride + k];
+      for (int i = 0; i < kRowParts; ++i) a[i] = a_at[i * 8 * left_row + k * left_step];
       SL_UNROLL
-      for (int j = 0; j < kColumnParts; ++j) b[j] = b_at[j * 8 * right_stride + k];
-      add_outer(a, b);
-    }
-  }
-
-  // Adds left^T right: of operands whose rows are those of the inner dimension.
-  SL_DEVICE void add_columns(const double* left, int left_stride, const double* right, int right_stride, int depth) {
-    const int lane = threadIdx.x % 32;
-    const double* const a_at = left + lane % 4 * left_stride + lane / 4;
-    const double* const b_at = right + lane % 4 * right_stride + lane / 4;
-    SL_ROLLED
-    for (int k = 0; k < depth; k += kStep) {
-      double a[kRowParts], b[kColumnParts];
-      SL_UNROLL
-      for (int i = 0; i < kRowParts; ++i) a[i] = a_at[k * left_stride + i * 8];
-      SL_UNROLL
-      for (int j = 0; j < kColumnParts; ++j) b[j] = b_at[k * right_stride + j * 8];
+      for (int j = 0; j < kColumnParts; ++j) b[j] = b_at[j * 8 * right_row + k * right_step];
       add_outer(a, b);
     }
   }

@@ -98,6 +98,13 @@ class Copies {
     left_ += kDepth;
   }
 
+  // Adds this warp's part of the product of what has been copied to `at`.
+  template <class P>
+  SL_DEVICE static void multiply(const T* at, P& part) {
+    const WarpPlace<T> warp;
+    part.add_product(at + warp.row * kStride, kStride, at + kOperand<T> + warp.column * kStride, kStride, kDepth);
+  }
+
  private:
   static constexpr int kVector = 16 / static_cast<int>(sizeof(T)), kInRow = kDepth / kVector;
   static constexpr int kBetween = Shape<T>::kThreads / kInRow, kCount = Shape<T>::kSide / kBetween;
@@ -117,9 +124,10 @@ SL_DEVICE T* stage_of(T* memory, int left) {
   return memory + (left + kDepth - 1) / kDepth % kStages * (2 * kOperand<T>);
 }
 
-// Rows of left times rows of right over all columns. Afterwards nobody reads the shared memory any more.
-template <class T, class P>
-SL_DEVICE void multiply_tile(Copies<T> copies, int depth, T* memory, P& part, bool active) {
+// Rows of left times rows of right over all columns, as they are copied. Afterwards nobody reads the shared memory any
+// more.
+template <class T, class C, class P>
+SL_DEVICE void multiply_tile(C copies, int depth, T* memory, P& part, bool active) {
   constexpr int kAhead = (kStages - 1) * kDepth;
   // Counted from above 0, as the copies go beyond the last column.
   depth += kStages * kDepth;
@@ -135,9 +143,7 @@ SL_DEVICE void multiply_tile(Copies<T> copies, int depth, T* memory, P& part, bo
     copies.start(stage_of(memory, depth - kAhead), depth - kAhead - kStages * kDepth);
     gpu::commit_copies();
     const T* const at = stage_of(memory, depth);
-    const WarpPlace<T> warp;
-    if (active)
-      part.add_product(at + warp.row * kStride, kStride, at + kOperand<T> + warp.column * kStride, kStride, kDepth);
+    if (active) copies.multiply(at, part);
   }
   gpu::wait_for_copies<0>();
   __syncthreads();

@@ -1,4 +1,4 @@
-"""Inverse roots, orthonormal bases and averages of Gram matrices by the CUDA kernels."""
+"""Inverse roots, orthonormal bases, averages of Gram matrices and products by the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -121,3 +121,24 @@ def update_grams(squares: Sequence[Tensor], others: Sequence[Tensor], beta: floa
         for view, other in zip(views_of(square), views_of(g), strict=True):
             given.append((view, other, g.shape[-2], g.shape[-1]))
     _kernels(_C.GpuGrams, device).run(given, beta, weight, current_stream(device.index or 0))
+
+
+def _place(x: Tensor) -> tuple[int, int, int, int]:
+    batch, row, column = x.stride()
+    return x.data_ptr(), batch, row, column
+
+
+def multiply(products: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """out ← left·right for (left, right, out) of [B, m, k], [B, k, n] and [B, m, n] on one GPU, in one launch.
+
+    All are of fp32, or all of fp64.
+    """
+    out = products[0][2]
+    given, kept = [], []
+    for left, right, result in products:
+        operands = left.resolve_neg(), right.resolve_neg()
+        kept.append(operands)  # until the launch is enqueued
+        a, b, c = (_place(x) for x in (*operands, result))
+        given.append((a, b, c, len(result), left.shape[1], right.shape[2], left.shape[2]))
+    stream = current_stream(out.device.index or 0)
+    _kernels(_C.GpuProducts, out.device).run(given, out.dtype == torch.float64, stream)

@@ -46,7 +46,7 @@ CLUSTER_KERNELS = {
     for kind, width in (("resident", 64), ("streamed", 32))
 }
 MATRIX_KERNELS = GROUPED_KERNELS | ON_CHIP_KERNELS | CLUSTER_KERNELS
-# Likewise those of inverse roots, of orthonormal bases, and of Gram matrices.
+# Likewise those of inverse roots, of orthonormal bases, of Gram matrices, and of products.
 GROUPED_ROOT_KERNELS = {
     "begin_roots": 0,
     "find_top": 0,
@@ -73,7 +73,8 @@ BASIS_KERNELS = {
     "write_bases": 0,
 }
 GRAM_KERNELS = {"average_grams": 0}
-ROOT_KERNELS = GROUPED_ROOT_KERNELS | ON_CHIP_ROOT_KERNELS | BASIS_KERNELS | GRAM_KERNELS
+PRODUCT_KERNELS = {"multiply_f32": 81920, "multiply_f64": 81920}
+ROOT_KERNELS = GROUPED_ROOT_KERNELS | ON_CHIP_ROOT_KERNELS | BASIS_KERNELS | GRAM_KERNELS | PRODUCT_KERNELS
 # What a launch adds to the shared memory of a block, by the kernel's name.
 ADDED_SHARED = MATRIX_KERNELS | ROOT_KERNELS
 FLAGS = ("-std=c++17", "-O3", "-fmad=false")
@@ -286,6 +287,7 @@ def cuda_cubins(arch: str, directory: Path, wanted: str = "") -> tuple[list[Cubi
         ("matrix_root/gpu_on_chip", ON_CHIP_ROOT_KERNELS),
         ("matrix_root/gpu_bases", BASIS_KERNELS),
         ("matrix_root/gpu_grams", GRAM_KERNELS),
+        ("matrix_root/gpu_multiply", PRODUCT_KERNELS),
     ):
         if any(wanted in name for name in names):
             jobs.append((part.replace("/", "_"), sources / f"{part}.cu", [f"-I{sources}"]))

@@ -66,6 +66,8 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
     choosing: ClassVar[tuple[str, ...]] = ()
     # Whether the state has a step count, as torch's optimizer of that name has.
     timed: ClassVar[bool] = False
+    # The count stays on the host, also where kernels on a GPU step a parameter.
+    counts_on_host: ClassVar[bool] = False
     # States that may be missing beside others, and are then started afresh.
     optional_states: ClassVar[frozenset[str]] = frozenset()
     complex_parameters: ClassVar[bool] = True

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stepladder import ranges
+from stepladder import backends, ranges
 from stepladder.optim import checks
 from stepladder.optim.base import Group
 from stepladder.optim.mixed import Mixed, Task
@@ -123,7 +123,8 @@ class Job:
 
     Attributes:
         param: Of any dtype and strides.
-        grad: As it is to be used, in the dtype of the arithmetic and the layout's shape.
+        grad: In the layout's shape: as it is to be used, in the dtype of the arithmetic, or on a GPU as it is stored.
+        scale: What it is to be multiplied by.
         state: The parameter's.
         group: The parameter's.
         layout: Of its factors.
@@ -133,11 +134,24 @@ class Job:
 
     param: Tensor
     grad: Tensor
+    scale: float
     state: dict[str, Any]
     group: Group
     layout: FactorLayout
     phase: list[int]
     backend: str
+
+    def settle(self) -> None:
+        """Make of the gradient what it is to be used as."""
+        self.grad = self.grad.to(arithmetic(self.param))
+        if self.scale != 1.0:
+            self.grad = self.grad * self.scale
+            self.scale = 1.0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether kernels for a GPU step it."""
+        return self.backend in backends.ON_GPU
 
     @property
     def cost(self) -> float:
@@ -148,6 +162,7 @@ class Preconditioned(Mixed):
     """An optimizer that preconditions a parameter along each of its dimensions."""
 
     timed = True
+    counts_on_host = True
     # Keys of a group, with their defaults.
     keys: ClassVar[frozenset[str]]
     late_keys = frozenset({"maximize"})
@@ -234,10 +249,12 @@ class Preconditioned(Mixed):
             if param.numel() == 0:
                 continue
             layout = cls.layout(param, group)
-            grad = grad.to(arithmetic(param)).reshape(layout.shape)
-            if factor != 1.0 or group.get("maximize"):
-                grad = grad * (-factor if group.get("maximize") else factor)
-            found.append(Job(param, grad, states[param], group, layout, spread[id(group)][param], chosen))
+            scale = -factor if group.get("maximize") else factor
+            phase = spread[id(group)][param]
+            job = Job(param, grad.reshape(layout.shape), scale, states[param], group, layout, phase, chosen)
+            if not job.on_gpu:
+                job.settle()
+            found.append(job)
         for wave in waves_of([job.param for job in found]):
             cls.step_jobs([found[i] for i in wave], backend)
         if found:

@@ -21,6 +21,7 @@ from stepladder.optim.preconditioned import (
     Job,
     Preconditioned,
     along,
+    arithmetic,
     count,
     each,
     in_place,
@@ -28,6 +29,7 @@ from stepladder.optim.preconditioned import (
     projection_work,
     stored,
 )
+from stepladder.optim.together import along_all, bunches, by, stored_all, widened
 from stepladder.reference.arithmetic import power
 from stepladder.reference.kronecker import as_rows, blocks, even_parts, merged_shape, refresh_due
 from stepladder.reference.matrix_root import EXPONENTS, METHODS, RootStatus
@@ -232,6 +234,9 @@ class Shampoo(Preconditioned):
                 with ranges.kernel("reference"):
                     work.step_by_reference()
         works = [work for work in works if work.job.backend != "reference"]
+        for members in by([w for w in works if w.job.on_gpu], lambda w: (w.job.param.device, arithmetic(w.job.param))):
+            step_together(members, backend)
+        works = [work for work in works if not work.job.on_gpu]
         by_job = {id(work.job): work for work in works}
         each(lambda job: by_job[id(job)].prepare(backend), [work.job for work in works])
         with ranges.kernel("refresh"):
@@ -363,6 +368,7 @@ class Work:
         return update
 
     def step_by_reference(self) -> None:
+        self.job.settle()
         job, group, state = self.job, self.job.group, self.job.state
         shape = job.param.shape
 
@@ -425,3 +431,161 @@ def refresh_roots(works: list[Work], backend: str | None) -> None:
             state["failed_roots"] += (~good).float()
         for work, values in touched.values():
             work.job.layout.store(work.job.state["roots"], values)
+
+
+def step_together(works: list[Work], backend: str | None) -> None:
+    """A step of all parameters of one GPU and dtype of the arithmetic, each kind of their products in one launch."""
+    update_factors_together(works, backend)
+    for members in by(works, alike):
+        average_together(members)
+    refresh_roots_together(works, backend)
+    moving = [work for work in works if number(work.job.group, "lr") != 0.0]
+    for bunch in bunches(moving, lambda work: work.job.grad.numel()):
+        precondition_together([work for work in bunch if work.time >= work.start and work.factors], backend)
+        for members in by(bunch, alike):
+            group = members[0].job.group
+            lr = number(group, "lr")
+            params = [work.job.param.detach() for work in members]
+            weights = widened(params, arithmetic(params[0]))
+            torch._foreach_mul_(weights, 1.0 - lr * number(group, "weight_decay"))
+            torch._foreach_add_(weights, [work.step.reshape(work.job.param.shape) for work in members], alpha=-lr)
+            stored_all(params, weights)
+
+
+def alike(work: Work) -> Any:
+    """What those have in common that one operation on a list serves: hyper-parameters, step count, dtypes."""
+    return id(work.job.group), work.time, work.job.param.dtype, work.job.grad.dtype, work.job.scale
+
+
+def update_factors_together(works: list[Work], backend: str | None) -> None:
+    """L ← β₂L + (1 - β₂)GGᵀ for each block and dimension, of gradients as they are stored."""
+    for members in by([work for work in works if work.factors], lambda work: (work.betas[1], work.job.scale)):
+        beta, scale = members[0].betas[1], members[0].job.scale
+        rows = [
+            as_rows(part, dim)
+            for work in members
+            for part in blocks(work.job.grad, work.limit)
+            for dim in range(part.ndim)
+        ]
+        factors = [factor for work in members for factor in work.factors]
+        update_grams(factors, rows, beta, (1.0 - beta if beta < 1.0 else 1.0) * scale**2, backend)
+    for work in works:
+        work.job.layout.store(work.job.state["factors"], work.factors)
+
+
+def average_together(works: list[Work]) -> None:
+    """Momentum, and the grafted method's step, of those that are alike."""
+    first, group = works[0], works[0].job.group
+    grads = widened([work.job.grad for work in works], arithmetic(first.job.param))
+    if first.job.scale != 1.0:
+        grads = list(torch._foreach_mul(grads, first.job.scale))
+
+    def state(name: str) -> list[Tensor]:
+        return widened([work.job.state[name].reshape(work.shape) for work in works], grads[0].dtype)
+
+    def keep(name: str, values: list[Tensor]) -> None:
+        stored_all([work.job.state[name] for work in works], values)
+
+    smoothed = grads
+    if "exp_avg" in first.states:
+        m = state("exp_avg")
+        torch._foreach_lerp_(m, grads, 1.0 - first.betas[0])
+        keep("exp_avg", m)
+        correction = 1.0 - power(first.betas[0], first.time) if group["bias_correction"] else 1.0
+        smoothed = list(torch._foreach_div(m, correction))
+    steps = smoothed
+    if "exp_avg_sq" in first.states:
+        v = state("exp_avg_sq")
+        beta = number(group, "grafting_beta2")
+        adagrad = group["grafting"] == "adagrad"
+        if not adagrad:
+            torch._foreach_mul_(v, beta)
+        torch._foreach_addcmul_(v, grads, grads, value=1.0 if adagrad else 1.0 - beta)
+        keep("exp_avg_sq", v)
+        if group["grafting"] == "adam" and group["bias_correction"]:
+            v = list(torch._foreach_div(v, 1.0 - power(beta, first.time)))
+        roots_of_v = torch._foreach_sqrt(v)
+        torch._foreach_add_(roots_of_v, number(group, "grafting_eps"))
+        steps = list(torch._foreach_div(smoothed, roots_of_v))
+    for work, own, step in zip(works, smoothed, steps, strict=True):
+        work.smoothed, work.step = own, step
+
+
+def refresh_roots_together(works: list[Work], backend: str | None) -> None:
+    """The roots that are due; factors of one side that share their settings are a batch."""
+    due = [(work, k) for work in works for k, refresh in enumerate(work.refresh) if refresh]
+    loaded = {id(work): work.job.layout.load(work.job.state["roots"]) for work, _ in due}
+
+    def settings(member: tuple[Work, int]) -> Any:
+        group = member[0].job.group
+        return member[0].exponent, number(group, "eps"), number(group, "relative_eps"), group["root_method"]
+
+    for members in by(due, settings):
+        exponent, eps, relative_eps, method = settings(members[0])
+        batches = by(members, lambda member: (len(member[0].factors[member[1]]), member[0].correction))
+        stacks = [torch.stack([work.factors[k] for work, k in batch]) / batch[0][0].correction for batch in batches]
+        found = roots(stacks, exponent, eps, relative_eps, method if exponent in EXPONENTS else "eigh", backend)
+        for batch, (root, info) in zip(batches, found, strict=True):
+            targets = [x for work, k in batch if (x := loaded[id(work)][k]) is not None]
+            good = (info.status == RootStatus.CONVERGED) | (info.status == RootStatus.STALLED)
+            # No branch on the device's numbers: nothing is to wait for them.
+            stored_all(targets, torch.where(good[:, None, None], root, torch.stack(targets)).unbind())
+            count_failures([work.job.state["failed_roots"] for work, _ in batch], list((~good).float().unbind()))
+    for work in works:
+        if id(work) in loaded:
+            work.job.layout.store(work.job.state["roots"], loaded[id(work)])
+
+
+def count_failures(counts: list[Tensor], failures: list[Tensor]) -> None:
+    """Add to counts, each of which may be there several times: those that are different go together."""
+    while counts:
+        first = {id(count): index for index, count in reversed([*enumerate(counts)])}
+        chosen = sorted(first.values())
+        torch._foreach_add_([counts[i] for i in chosen], [failures[i] for i in chosen])
+        rest = sorted({*range(len(counts))} - {*chosen})
+        counts, failures = [counts[i] for i in rest], [failures[i] for i in rest]
+
+
+def precondition_together(works: list[Work], backend: str | None) -> None:
+    """L^(-1/p) Ĝ R^(-1/p) of each block, in the norm of the grafted method's step, which it replaces."""
+    batches = by(works, lambda work: (work.shape, work.limit, work.job.group["grafting"] != "none"))
+    updates = [batch[0].smoothed.new_empty(len(batch), *batch[0].shape) for batch in batches]
+    sources, matrices, targets = [], [], []
+    for batch, stack in zip(batches, updates, strict=True):
+        for work, update in zip(batch, stack, strict=True):
+            found, order = work.job.layout.load(work.job.state["roots"]), len(work.shape)
+            own = blocks(work.smoothed, work.limit)
+            sources += own
+            matrices += [found[i * order : (i + 1) * order] for i in range(len(own))]
+            targets += blocks(update, work.limit)
+    along_all(sources, matrices, backend, targets)
+    for batch, stack in zip(batches, updates, strict=True):
+        if batch[0].job.group["grafting"] != "none":
+            steps = torch.stack([work.step for work in batch])
+            for u, p in zip(grids(stack, batch[0].limit), grids(steps, batch[0].limit), strict=True):
+                within = tuple(range(2, u.ndim, 2))
+                norms = [torch.linalg.vector_norm(x, dim=within, keepdim=True) for x in (p, u)]
+                u.mul_(norms[0] / (norms[1] + GRAFTING_FLOOR))
+        for work, update in zip(batch, stack, strict=True):
+            work.step = update
+
+
+def grids(x: Tensor, limit: int) -> list[Tensor]:
+    """The blocks of each of a batch [S, a, b, …] in regular grids: views [S, blocks, length, blocks, length, …].
+
+    A dimension is cut into parts that differ by 1 at the most: a grid has those of one length.
+    """
+    found = [x]
+    for dim in range(1, x.ndim):
+        parts = even_parts(x.shape[dim], limit)
+        lengths = sorted({*parts}, reverse=True)
+        # Dimensions in front of this one have become two each.
+        place = 2 * dim - 1
+        found = [
+            piece.view(*piece.shape[:place], -1, length, *piece.shape[place + 1 :])
+            for grid in found
+            for piece, length in zip(
+                torch.split(grid, [length * parts.count(length) for length in lengths], place), lengths, strict=True
+            )
+        ]
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from typing_extensions import Unpack
 
 from stepladder import ranges
 from stepladder.gram import update_grams
+from stepladder.multiply import Product, multiply
 from stepladder.optim import checks
 from stepladder.optim.base import Group, Optimizer, Options, Params
 from stepladder.optim.orthogonalized import choice
@@ -21,6 +23,7 @@ from stepladder.optim.preconditioned import (
     Job,
     Preconditioned,
     along,
+    arithmetic,
     count,
     each,
     in_place,
@@ -28,6 +31,8 @@ from stepladder.optim.preconditioned import (
     projection_work,
     stored,
 )
+from stepladder.optim.together import along_all, bunches, by, stored_all, widened
+from stepladder.orthonormalize import bases as orthonormal_bases
 from stepladder.orthonormalize import fresh_bases, work_of
 from stepladder.products import mm
 from stepladder.reference.arithmetic import power
@@ -199,7 +204,11 @@ class SOAP(Preconditioned):
     @classmethod
     def step_jobs(cls, jobs: list[Job], backend: str | None) -> None:
         works = {id(job): Work(job, backend) for job in jobs}
+        grouped = [work for work in works.values() if work.goes_together]
+        jobs = [job for job in jobs if not works[id(job)].goes_together]
         each(lambda job: works[id(job)].run(), jobs)
+        for members in by(grouped, lambda work: (work.job.param.device, arithmetic(work.job.param))):
+            step_together(members, backend)
         rotated = [x for work in works.values() for x in work.rotated.values()]
         with ranges.kernel("orthonormalize", partial(work_of, rotated)):
             fresh = iter(fresh_bases(rotated, backend))
@@ -241,8 +250,14 @@ class Work:
             pieces = torch.split(state["eigenvalues"], [n or 0 for n in job.layout.sides])
             self.eigenvalues = [None if n is None else x for n, x in zip(job.layout.sides, pieces, strict=True)]
 
+    @property
+    def goes_together(self) -> bool:
+        """Whether it is stepped with all others on its GPU."""
+        return self.job.on_gpu and self.time > 0 and not self.kl
+
     def run(self) -> None:
         job, state = self.job, self.job.state
+        job.settle()
         if self.time == 0 and not bool(job.grad.any()):
             # A gradient of zeros has no eigenvectors, and is what initialises states before a checkpoint is loaded.
             return
@@ -284,25 +299,35 @@ class Work:
         v.mul_(self.betas[1]).addcmul_(projected, projected, value=1.0 - self.betas[1])
         stored(state["exp_avg"], m)
         stored(state["exp_avg_sq"], v)
-        lr = number(job.group, "lr")
-        if lr == 0.0:
+        if self.lr == 0.0:
             return
-        size = lr
-        if job.group["bias_correction"]:
-            size *= math.sqrt(1.0 - power(self.betas[1], self.time)) / (1.0 - power(self.betas[0], self.time))
         # Without bases the projected gradient is the gradient itself.
         update = torch.sqrt(v) if projected is g else torch.sqrt(v, out=projected)
         torch.div(m, update.add_(number(job.group, "eps")), out=update)
         with ranges.kernel("project", work):
             update = project(update, self.bases, transposed=False)
         w = job.param.detach()
-        decay = 1.0 - lr * number(job.group, "weight_decay")
         if w.dtype == update.dtype:
-            w.add_(update.reshape(w.shape), alpha=-size)
-            if decay != 1.0:
-                w.mul_(decay)
+            w.add_(update.reshape(w.shape), alpha=-self.size)
+            if self.decay != 1.0:
+                w.mul_(self.decay)
         else:
-            w.copy_(w.to(update.dtype).add_(update.reshape(w.shape), alpha=-size).mul_(decay))
+            w.copy_(w.to(update.dtype).add_(update.reshape(w.shape), alpha=-self.size).mul_(self.decay))
+
+    @property
+    def lr(self) -> float:
+        return number(self.job.group, "lr")
+
+    @property
+    def size(self) -> float:
+        """What the update is multiplied by."""
+        if not self.job.group["bias_correction"]:
+            return self.lr
+        return self.lr * (math.sqrt(1.0 - power(self.betas[1], self.time)) / (1.0 - power(self.betas[0], self.time)))
+
+    @property
+    def decay(self) -> float:
+        return 1.0 - self.lr * number(self.job.group, "weight_decay")
 
     def update_factors(self) -> None:
         """L ← βL + (1 - β)GGᵀ for each dimension."""
@@ -426,3 +451,168 @@ def project(x: Tensor, bases: list[Tensor | None], transposed: bool) -> Tensor:
         if basis is not None:
             x = along(x, basis if transposed else basis.mT, dim)
     return x
+
+
+def step_together(works: list[Work], backend: str | None) -> None:
+    """A step of all parameters of one GPU and dtype of the arithmetic, each kind of their products in one launch."""
+    for work in works:
+        work.job.state["step"] += 1
+    for bunch in bunches(works, lambda work: work.job.grad.numel()):
+        move_together(bunch, backend)
+    update_factors_together(works, backend)
+    for bunch in bunches([work for work in works if work.refresh], lambda work: work.job.layout.numel(False)):
+        refresh_together(bunch, backend)
+
+
+def alike(work: Work) -> Any:
+    """What those have in common that one operation on a list serves: hyper-parameters, step count, dtypes."""
+    return id(work.job.group), work.time, work.job.param.dtype, work.job.grad.dtype, work.job.scale
+
+
+def in_arithmetic(works: list[Work], name: str) -> list[Tensor]:
+    """A state of each, in its shape: views where that is possible, else copies."""
+    return widened(
+        [work.job.state[name].reshape(work.job.layout.shape) for work in works], arithmetic(works[0].job.param)
+    )
+
+
+def move_together(works: list[Work], backend: str | None) -> None:
+    """Adam in the eigenbases."""
+    grads: dict[int, Tensor] = {}
+    for members in by(works, alike):
+        own = widened([work.job.grad for work in members], arithmetic(members[0].job.param))
+        if (scale := members[0].job.scale) != 1.0:
+            own = list(torch._foreach_mul(own, scale))
+        grads |= {id(work): x for work, x in zip(members, own, strict=True)}
+    found = along_all([grads[id(work)] for work in works], [work.bases for work in works], backend)
+    projected = {id(work): x for work, x in zip(works, found, strict=True)}
+    del grads, found
+    moving: list[Work] = []
+    updates: list[Tensor] = []
+    for members in by(works, alike):
+        first = members[0]
+        own = [projected.pop(id(work)) for work in members]
+        m, v = in_arithmetic(members, "exp_avg"), in_arithmetic(members, "exp_avg_sq")
+        torch._foreach_lerp_(m, own, 1.0 - first.betas[0])
+        torch._foreach_mul_(v, first.betas[1])
+        torch._foreach_addcmul_(v, own, own, value=1.0 - first.betas[1])
+        del own
+        for name, values in (("exp_avg", m), ("exp_avg_sq", v)):
+            stored_all([work.job.state[name] for work in members], values)
+        if first.lr == 0.0:
+            continue
+        roots = torch._foreach_sqrt(v)
+        torch._foreach_add_(roots, number(first.job.group, "eps"))
+        moving += members
+        updates += torch._foreach_div(m, roots)
+    back = [[None if q is None else q.mT for q in work.bases] for work in moving]
+    turned = {id(work): x for work, x in zip(moving, along_all(updates, back, backend), strict=True)}
+    for members in by(moving, alike):
+        params = [work.job.param.detach() for work in members]
+        weights = widened(params, arithmetic(params[0]))
+        steps = [turned[id(work)].reshape(work.job.param.shape) for work in members]
+        torch._foreach_add_(weights, steps, alpha=-members[0].size)
+        if members[0].decay != 1.0:
+            torch._foreach_mul_(weights, members[0].decay)
+        stored_all(params, weights)
+
+
+def update_factors_together(works: list[Work], backend: str | None) -> None:
+    """L ← βL + (1 - β)GGᵀ for each dimension, of gradients as they are stored: half types need fewer products."""
+    for members in by(works, lambda work: (work.shampoo_beta, work.job.scale)):
+        beta, scale = members[0].shampoo_beta, members[0].job.scale
+        pairs = [
+            (factor, as_rows(work.job.grad, dim))
+            for work in members
+            for dim, factor in enumerate(work.factors)
+            if factor is not None
+        ]
+        if pairs:
+            squares, rows = zip(*pairs, strict=True)
+            update_grams(squares, rows, beta, (1.0 - beta) * scale**2, backend)
+    for work in works:
+        work.job.layout.store(work.job.state["factors"], work.factors)
+
+
+def refresh_together(works: list[Work], backend: str | None) -> None:
+    """LQ for the bases that are to be refreshed, new ones from it, v in their order, and m into them.
+
+    Sides of one length are a batch: what sorts, selects and decides are then a few operations for all of them.
+    """
+    sides = [Side(work, dim) for work in works for dim, basis in enumerate(work.bases) if basis is not None]
+    if not sides:
+        return
+    batches = by(sides, lambda side: (side.dim, len(side.basis)))
+    bases = [torch.stack([side.basis for side in batch]) for batch in batches]
+    rotated = [torch.empty_like(stack) for stack in bases]
+    multiply(
+        [
+            Product(side.factor[None], side.basis[None], out[None])
+            for batch, stack in zip(batches, rotated, strict=True)
+            for side, out in zip(batch, stack, strict=True)
+        ],
+        backend,
+    )
+    due: list[tuple[list[Side], Tensor, Tensor, Tensor]] = []
+    for batch, old, stack in zip(batches, bases, rotated, strict=True):
+        diagonals = torch.linalg.vecdot(old, stack, dim=1)
+        kept = [i for i, side in enumerate(batch) if not side.is_near(diagonals[i])]
+        if len(kept) < len(batch):
+            batch, old, stack, diagonals = [batch[i] for i in kept], old[kept], stack[kept], diagonals[kept]
+        if batch:
+            order = torch.argsort(diagonals, dim=1, descending=True, stable=True)
+            due.append((batch, old, stack.gather(2, order[:, None, :].expand_as(stack)), order))
+    del bases, rotated
+    for (batch, old, _, order), (found, info) in zip(
+        due, orthonormal_bases([stack for _, _, stack, _ in due], "auto", backend), strict=True
+    ):
+        # No branch on the device's numbers: nothing is to wait for them.
+        good = info.finite
+        fresh = torch.where(good[:, None, None], found, old)
+        order = torch.where(good[:, None], order, torch.arange(order.shape[1], device=order.device))
+        failures = list((~good).float().unbind())
+        torch._foreach_add_([side.work.job.state["failed_bases"] for side in batch], failures)
+        for side, new, own in zip(batch, fresh, order, strict=True):
+            side.work.fresh[side.dim] = new, own
+    fresh_works = [work for work in works if work.fresh]
+    for members in by(fresh_works, lambda work: (work.job.layout.shape, tuple(work.fresh))):
+        v = torch.stack(in_arithmetic(members, "exp_avg_sq"))
+        for dim in members[0].fresh:
+            order = torch.stack([work.fresh[dim][1] for work in members])
+            places = [1] * v.ndim
+            places[0], places[dim + 1] = order.shape
+            v = v.gather(dim + 1, order.view(places).expand_as(v))
+        stored_all([work.job.state["exp_avg_sq"] for work in members], v.unbind())
+    if not fresh_works:
+        return
+    old_bases = [[q.mT if q is not None and d in w.fresh else None for d, q in enumerate(w.bases)] for w in fresh_works]
+    new_bases = [[w.fresh[d][0] if d in w.fresh else None for d in range(len(w.bases))] for w in fresh_works]
+    m = along_all(along_all(in_arithmetic(fresh_works, "exp_avg"), old_bases, backend), new_bases, backend)
+    stored_all([work.job.state["exp_avg"] for work in fresh_works], m)
+    sides = [Side(work, dim) for work in fresh_works for dim in work.fresh]
+    stored_all([side.basis for side in sides], [side.work.fresh[side.dim][0] for side in sides])
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A dimension of a parameter that has a basis."""
+
+    work: Work
+    dim: int
+
+    @property
+    def factor(self) -> Tensor:
+        factor = self.work.factors[self.dim]
+        assert factor is not None
+        return factor
+
+    @property
+    def basis(self) -> Tensor:
+        basis = self.work.bases[self.dim]
+        assert basis is not None
+        return basis
+
+    def is_near(self, diagonal: Tensor) -> bool:
+        """Whether the factor is so nearly diagonal that the basis is left as it is. Asked for, it waits for the GPU."""
+        tolerance = number(self.work.job.group, "refresh_tolerance")
+        return tolerance > 0.0 and off_diagonal(self.factor, diagonal) <= tolerance

@@ -150,7 +150,8 @@ def checked_state(
     for name, value in entry.items():
         if name == "step":
             if has_step(family, group):
-                result[name] = checked_step(value, where, step_device(backend, param))
+                device = torch.device("cpu") if family.counts_on_host else step_device(backend, param)
+                result[name] = checked_step(value, where, device)
             continue
         shape = family.state_shape(name, param, group)
         check_tensor(name, value, param, where, shape)
