@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from train_charlm import OTHER_RATE, Run, Text, sample
+from train_charlm import OTHER_RATE, Run
 
+from stepladder.bench.charlm import Text, sample
 from stepladder.optim import preconditioned
 
 # Bits of a mantissa, the leading one among them.
