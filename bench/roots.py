@@ -15,7 +15,7 @@ from torch import Tensor
 from stepladder import backends
 from stepladder.bench import gpu, gpu_report, report
 from stepladder.bench.matrices import COLUMNS, Cpu, Machine, OnGpu, Row, csv_rows, timed
-from stepladder.bench.results import Quantiles
+from stepladder.bench.measurement import Quantiles
 from stepladder.bench.soap_step import LAYERS, hidden_matrices, measure_soap
 from stepladder.matrix_root import roots
 from stepladder.orthonormalize import bases
