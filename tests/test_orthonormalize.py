@@ -11,7 +11,8 @@ from spectra import eigenvalues, with_eigenvalues
 from torch import Tensor
 
 import stepladder as sl
-from stepladder.orthonormalize import fresh_bases
+from stepladder import orthonormalize, products
+from stepladder.orthonormalize import by_blocks, fresh_bases
 
 METHODS = ("auto", "cholesky", "householder")
 BACKENDS = ("cpu", "reference")
@@ -30,6 +31,12 @@ def refreshed(n: int, values: Tensor) -> Tensor:
 def deviation(q: Tensor) -> float:
     q = q.double()
     return float((q.mT @ q - torch.eye(q.shape[-1], dtype=torch.float64)).norm(dim=(-2, -1)).max())
+
+
+def spectral_deviation(q: Tensor) -> float:
+    """‖QᵀQ - I‖₂, which unlike Frobenius' norm does not grow with the side."""
+    q = q.double()
+    return float(torch.linalg.matrix_norm(q.mT @ q - torch.eye(q.shape[-1], dtype=torch.float64), 2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -55,6 +62,49 @@ def test_without_full_rank(rank: int, method: str):
     assert deviation(q) <= PROMISED
     # A matrix of zeros has no Gram matrix to factor.
     assert bool(info.fallback) == (rank == 0 and method == "cholesky")
+
+
+@pytest.mark.skipif(not products.units(), reason="this processor has no AVX-512, or no x86-64 build")
+@pytest.mark.parametrize("kind", [1e2, 1e4, 1e6, 1e8, "rank 64", "rank 1", "zero", "zero columns", "graded", "random"])
+@pytest.mark.parametrize("n", [5, 300])
+def test_reflections_by_blocks_are_lapacks(n: int, kind: float | str):
+    # Of 300 columns there are two whole blocks and a part of one.
+    if isinstance(kind, float):
+        x = refreshed(n, eigenvalues("logarithmic", n, kind))
+    elif kind.startswith("rank"):
+        values = torch.zeros(n, dtype=torch.float64)
+        values[: int(kind[5:])] = 1.0
+        x = refreshed(n, values)
+    else:
+        x = torch.zeros(n, n) if kind == "zero" else torch.randn(n, n)
+    if kind == "zero columns":
+        x[:, n // 3 : n // 2] = 0.0
+    elif kind == "graded":
+        x *= torch.logspace(0, -30, n)
+    given = x.clone()
+    q = by_blocks(x)
+    assert torch.equal(x, given)
+    assert spectral_deviation(q) <= PROMISED
+    # R = QᵀX is triangular, but for what LAPACK's leaves below the diagonal too, with a rounding for each block.
+    r, size = q.double().T @ x.double(), x.double().norm(dim=0)
+    eps = torch.finfo(torch.float32).eps
+    assert bool((r.tril(-1).norm(dim=0) <= 4 * n**0.5 * eps * size).all())
+
+
+@pytest.mark.skipif("amx" not in products.units(), reason="this processor has no AMX")
+def test_large_bases_are_made_by_blocks(monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
+    monkeypatch.setattr(orthonormalize, "by_blocks", lambda x: sizes.append(len(x)) or by_blocks(x))
+    given = [torch.randn(n, n) for n in (200, 1023, 1100)]
+    given.append(given[-1].clone())
+    given[-1][3, 4] = math.nan
+    found = fresh_bases(given, "cpu")
+    assert sizes == [1100, 1100]
+    assert [bool(good) for _, good in found] == [True, True, True, False]
+    assert all(spectral_deviation(q) <= PROMISED for q, _ in found)
+    monkeypatch.setenv("STEPLADDER_MATRIX_UNIT", "torch")
+    fresh_bases(given[2:], "cpu")
+    assert sizes == [1100, 1100]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

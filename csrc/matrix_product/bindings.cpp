@@ -11,32 +11,6 @@ namespace py = pybind11;
 
 namespace stepladder {
 
-namespace matrix_product {
-
-#if defined(SL_X86)
-namespace avx512 {
-void multiply(const Product& product, int threads);
-}
-
-bool available() {
-  __builtin_cpu_init();
-  static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("fma");
-  return found;
-}
-
-void multiply(const Product& product, int threads) {
-  SL_CHECK(available(), "this processor has no AVX-512, which products of matrices need");
-  avx512::multiply(product, threads);
-}
-#else
-bool available() { return false; }
-void multiply(const Product&, int) { SL_CHECK(false, "products of matrices were compiled for x86-64 alone"); }
-#endif
-
-}  // namespace matrix_product
-
 using namespace matrix_product;
 
 // Address, strides of rows and columns.
@@ -48,11 +22,11 @@ View<T> view_of(const PyView& view) {
 }
 
 void bind_matrix_product(py::module_& m) {
-  m.def("has_matrix_product", &available, "Whether multiply_matrices can run here.");
+  m.def("product_units", &units, "Who can multiply matrices of fp32 here, fastest first.");
   m.def(
       "multiply_matrices",
       [](int64_t rows, int64_t columns, int64_t depth, const PyView& a, const PyView& b, const PyView& c, double alpha,
-         double beta, bool symmetric, int threads) {
+         double beta, bool symmetric, const std::string& unit, int threads) {
         SL_CHECK(rows >= 0 && columns >= 0 && depth >= 0, "a product has ", rows, "x", depth, "x", columns,
                  " elements, expected none below 0");
         SL_CHECK(!symmetric || rows == columns, "a symmetric product has ", rows, " rows and ", columns,
@@ -69,10 +43,10 @@ void bind_matrix_product(py::module_& m) {
         product.beta = static_cast<float>(beta);
         product.symmetric = symmetric;
         const py::gil_scoped_release nogil;
-        multiply(product, threads);
+        multiply(product, unit, threads);
       },
       py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("alpha"),
-      py::arg("beta"), py::arg("symmetric"), py::arg("threads"),
+      py::arg("beta"), py::arg("symmetric"), py::arg("unit"), py::arg("threads"),
       "C <- alpha AB + beta C in fp32; matrices as (address, row stride, column stride).");
 }
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace stepladder::matrix_product {
 
@@ -22,10 +24,19 @@ struct Product {
   bool symmetric = false;
 };
 
-// Whether this processor and build can.
-bool available();
+// Who can multiply here, fastest first: "amx", "avx512".
+std::vector<std::string> units();
 
-// The result does not depend on the number of threads.
+// By the unit of that name. The result does not depend on the number of threads.
+void multiply(const Product& product, const std::string& unit, int threads);
+
+// Products of at least one element and one multiplication, where rows of C are contiguous; of symmetric ones what is on
+// and below the diagonal, and whatever they like of what is above it.
+namespace amx {
 void multiply(const Product& product, int threads);
+}
+namespace avx512 {
+void multiply(const Product& product, int threads);
+}
 
 }  // namespace stepladder::matrix_product

@@ -1,13 +1,8 @@
 // Chooses among the matrix units that were compiled in.
 #include <cstring>
 
+#include "common/amx.h"
 #include "newton_schulz/cpu_kernels.h"
-
-#if defined(SL_MATRIX_UNITS) && !defined(SL_EMULATED_AMX)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace stepladder::newton_schulz {
 
@@ -24,24 +19,6 @@ SL_DECLARE(avx512_bf16)
 namespace {
 
 #if defined(SL_MATRIX_UNITS)
-
-#if defined(SL_EMULATED_AMX)
-bool has_amx() { return true; }
-#else
-// Tiles are asked of the operating system, once for the process.
-bool has_amx() {
-  unsigned eax, ebx, ecx, edx;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-#endif
 
 bool has_avx512_bf16() {
   __builtin_cpu_init();

@@ -181,7 +181,7 @@ def matrix_units() -> list[str]: ...
 
 _Strided = tuple[int, int, int]
 
-def has_matrix_product() -> bool: ...
+def product_units() -> list[str]: ...
 def multiply_matrices(
     rows: int,
     columns: int,
@@ -192,5 +192,6 @@ def multiply_matrices(
     alpha: float,
     beta: float,
     symmetric: bool,
+    unit: str,
     threads: int,
 ) -> None: ...

@@ -1,4 +1,4 @@
-"""Products of matrices: on a CPU by our own kernel where it is the faster one, else torch's."""
+"""Products of fp32 matrices: on a CPU by our own kernels where they are the faster ones, else torch's."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import torch
 from torch import Tensor
 
 from stepladder import _C
+from stepladder.newton_schulz import matrix_unit
 
 # Multiplications below which a call costs more than is gained.
 LEAST = 1 << 23
 
 
 @functools.cache
-def has_kernel() -> bool:
-    available: bool = _C.has_matrix_product()
-    return available
+def units() -> list[str]:
+    """Our kernels that run here, fastest first: "amx", "avx512"."""
+    found: list[str] = _C.product_units()
+    return found
+
+
+def unit() -> str:
+    """The kernel that multiplies: "amx" where `STEPLADDER_MATRIX_UNIT` leaves it, else "avx512"."""
+    return "amx" if matrix_unit() == "amx" and "amx" in units() else "avx512"
 
 
 def serves(out: Tensor, depth: int) -> bool:
@@ -27,7 +34,7 @@ def serves(out: Tensor, depth: int) -> bool:
         and out.ndim == 2
         and out.numel() * depth >= LEAST
         and 1 in out.stride()
-        and has_kernel()
+        and bool(units())
     )
 
 
@@ -52,5 +59,5 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, alpha: float, beta: float, *, sy
         symmetric: ab and `out` are symmetric: one half is computed and mirrored.
     """
     left, right, result = ((x.data_ptr(), x.stride(0), x.stride(1)) for x in (a, b, out))
-    threads = torch.get_num_threads()
-    _C.multiply_matrices(a.shape[0], b.shape[1], a.shape[1], left, right, result, alpha, beta, symmetric, threads)
+    sizes = a.shape[0], b.shape[1], a.shape[1]
+    _C.multiply_matrices(*sizes, left, right, result, alpha, beta, symmetric, unit(), torch.get_num_threads())

@@ -16,7 +16,6 @@ constexpr int kRows = 14, kColumns = 32;   // of a tile: 28 registers of sums, t
 constexpr int64_t kDepth = 256;            // a panel of B of 32 KiB, which passes through L1 once for a block of A
 constexpr int64_t kBlock = 32 * kRows;     // rows of A that are packed at a time
 constexpr int64_t kWidth = 96 * kColumns;  // columns of B that are packed at a time
-constexpr int64_t kMirror = 32;
 
 struct Free {
   void operator()(float* p) const { operator delete[](p, std::align_val_t{64}); }
@@ -138,41 +137,15 @@ void multiply_columns(const Product& p, int64_t begin, int64_t end) {
   }
 }
 
-// Above the diagonal what is below it, for rows [begin, end) of the upper triangle.
-void mirror(const Product& p, int64_t begin, int64_t end) {
-  for (int64_t j = begin; j < p.n; j += kMirror)
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t k = std::max(j, i + 1); k < std::min(p.n, j + kMirror); ++k)
-        p.c.data[i * p.c.row_stride + k] = p.c.data[k * p.c.row_stride + i];
-}
-
 }  // namespace
 
-void multiply(const Product& product, int threads) {
-  Product p = product;
-  if (p.m == 0 || p.n == 0) return;
-  static const float zero = 0.0f;
-  if (p.k == 0) {  // the same as a depth of 1 of zeros
-    p.k = 1;
-    p.a = p.b = {&zero, 0, 0};
-  }
-  if (p.c.col_stride != 1) {  // its transpose has contiguous rows
-    std::swap(p.m, p.n);
-    std::swap(p.a, p.b);
-    std::swap(p.a.row_stride, p.a.col_stride);
-    std::swap(p.b.row_stride, p.b.col_stride);
-    std::swap(p.c.row_stride, p.c.col_stride);
-  }
+void multiply(const Product& p, int threads) {
   // Where one half is computed the first columns have most rows: many parts, in turn.
   const int64_t parts = threads == 1 ? 1 : p.symmetric ? 4 * threads : threads;
   const int64_t part = std::max<int64_t>(kColumns, whole((p.n + parts - 1) / parts, kColumns));
   const int64_t count = (p.n + part - 1) / part;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && count > 1)
   for (int64_t t = 0; t < count; ++t) multiply_columns(p, t * part, std::min(p.n, (t + 1) * part));
-  if (!p.symmetric) return;
-  const int64_t strips = (p.n + kMirror - 1) / kMirror;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1 && strips > 4)
-  for (int64_t t = 0; t < strips; ++t) mirror(p, t * kMirror, std::min(p.n, (t + 1) * kMirror));
 }
 
 }  // namespace stepladder::matrix_product::avx512

@@ -1,0 +1,357 @@
+// A product of fp32 matrices on tiles of bf16. An fp32 number is the sum of three bf16, exactly: high, middle and low
+// with 8 bits each. Of the nine products of the parts the six largest are summed, in fp32; what is left out is below
+// 2^-25 of a product, less than its rounding in fp32.
+//
+// Tiles flush subnormal numbers: both operands are scaled by powers of two, so that parts of elements down to 2^-151 of
+// the largest one stay normal, and sums of 2^30 products below the largest fp32.
+#include <immintrin.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "common/amx.h"
+#include "common/dtype.h"
+#include "matrix_product/product.h"
+
+namespace stepladder::matrix_product {
+
+namespace amx {
+
+namespace {
+
+constexpr int kTile = 16;       // vectors in a tile
+constexpr int kTileDepth = 32;  // elements of each in a tile, as 16 pairs of elements 16 apart
+constexpr int kTileBytes = kTile * kTileDepth * 2;
+constexpr int kParts = 3;
+constexpr int kStep = kParts * kTileBytes;  // high, middle and low tile of the same elements stand together
+constexpr int kBlock = 2 * kTile;           // side of a block of the product: four tiles of sums
+constexpr int64_t kDepth = 768;             // packed at a time, of
+constexpr int64_t kTaskColumns = 256;       // columns of B, 1.1 MiB, which stay in L2, and
+constexpr int64_t kPanel = 3072;            // rows of A, 14 MiB, which all threads share
+constexpr int kScaled = 48;                 // exponent of the largest element
+constexpr int32_t kInfinity = 0x7f800000;
+
+int64_t over(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+// Memory of a thread that calls, kept for its next product: new pages cost more than is computed from them.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { std::free(memory_); }
+
+  char* at_least(size_t bytes) {
+    if (bytes > bytes_) {
+      std::free(memory_);
+      bytes_ = 0;
+      const size_t whole = (bytes + kPage - 1) / kPage * kPage;
+      memory_ = static_cast<char*>(std::aligned_alloc(kPage, whole));
+      if (memory_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+      madvise(memory_, whole, MADV_HUGEPAGE);
+#endif
+      bytes_ = whole;
+    }
+    return memory_;
+  }
+
+ private:
+  static constexpr size_t kPage = 1 << 21;
+  char* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Rows of A, or columns of B.
+struct Vectors {
+  const float* data;
+  int64_t stride, element_stride, count;
+
+  Vectors from(int64_t vector, int64_t element, int64_t limit) const {
+    return {data + vector * stride + element * element_stride, stride, element_stride, std::min(limit, count - vector)};
+  }
+};
+
+inline __mmask16 first(int64_t count) {
+  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// The largest magnitude, as the bits of a float: of NaN's the largest.
+int32_t largest(const Vectors& v, int64_t depth, int threads) {
+  // Lines of neighbours in memory.
+  const bool along = v.element_stride == 1 || v.stride != 1;
+  const int64_t lines = along ? v.count : depth, length = along ? depth : v.count;
+  const int64_t line_stride = along ? v.stride : v.element_stride, stride = along ? v.element_stride : v.stride;
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  int32_t found = 0;
+#pragma omp parallel for schedule(static) reduction(max : found) num_threads(threads) if (threads > 1)
+  for (int64_t line = 0; line < lines; ++line) {
+    const float* const x = v.data + line * line_stride;
+    if (stride == 1) {
+      __m512i most = _mm512_setzero_si512();
+      for (int64_t i = 0; i < length; i += 16)
+        most = _mm512_max_epi32(most, _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(first(length - i), x + i)));
+      found = std::max(found, _mm512_reduce_max_epi32(most));
+    } else {
+      for (int64_t i = 0; i < length; ++i) found = std::max(found, bit_cast<int32_t>(x[i * stride]) & 0x7fffffff);
+    }
+  }
+  return found;
+}
+
+// By which power of two an operand is multiplied.
+int scale_of(int32_t largest) { return largest == 0 ? 0 : kScaled - std::ilogb(bit_cast<float>(largest)); }
+
+inline void transpose(__m512 (&x)[16]) {
+  __m512i t[16], v[16];
+  for (int i = 0; i < 16; ++i) v[i] = _mm512_castps_si512(x[i]);
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    x[i + 4] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    x[i + 8] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    x[i + 12] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+}
+
+// 16 rows of as many elements, with zeros beyond the given ones.
+inline void fetch(const float* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t columns,
+                  __m512 (&to)[16]) {
+  if (stride == 1) {
+    for (int64_t r = 0; r < 16; ++r)
+      to[r] = r < rows ? _mm512_maskz_loadu_ps(first(columns), from + r * row_stride) : _mm512_setzero_ps();
+  } else if (row_stride == 1) {
+    for (int64_t c = 0; c < 16; ++c)
+      to[c] = c < columns ? _mm512_maskz_loadu_ps(first(rows), from + c * stride) : _mm512_setzero_ps();
+    transpose(to);
+  } else {
+    alignas(64) float row[16];
+    for (int64_t r = 0; r < 16; ++r) {
+      for (int64_t c = 0; c < 16; ++c) row[c] = r < rows && c < columns ? from[r * row_stride + c * stride] : 0.0f;
+      to[r] = _mm512_load_ps(row);
+    }
+  }
+}
+
+// x rounded to 8 bits (Dekker's way: there is no fp32 between the two).
+inline __m512 leading(__m512 x) {
+  const __m512 wide = _mm512_mul_ps(x, _mm512_set1_ps(65537.0f));
+  return _mm512_sub_ps(wide, _mm512_sub_ps(wide, x));
+}
+
+// bf16 in pairs, of numbers that are already rounded.
+inline __m512i pairs(__m512 low, __m512 high) {
+  return _mm512_or_si512(_mm512_castps_si512(high), _mm512_srli_epi32(_mm512_castps_si512(low), 16));
+}
+
+// A strip of up to 16 vectors as tiles: of the left operand a row is a vector, of the right one a column is.
+template <bool kRight>
+void pack(const Vectors& v, int64_t depth, int scale, char* to) {
+  const int64_t row_stride = kRight ? v.element_stride : v.stride, stride = kRight ? v.stride : v.element_stride;
+  const __m512 power = _mm512_set1_ps(static_cast<float>(scale));
+  for (int64_t d = 0; d < depth; d += kTileDepth, to += kStep) {
+    __m512 halves[2][16];
+    for (int h = 0; h < 2; ++h) {
+      const int64_t begin = d + 16 * h, left = depth - begin;
+      fetch(left > 0 ? v.data + begin * v.element_stride : v.data, row_stride, stride, kRight ? left : v.count,
+            kRight ? v.count : left, halves[h]);
+    }
+    for (int r = 0; r < 16; ++r) {
+      __m512 parts[2][kParts];
+      for (int h = 0; h < 2; ++h) {
+        const __m512 x = _mm512_scalef_ps(halves[h][r], power);
+        parts[h][0] = leading(x);
+        const __m512 rest = _mm512_sub_ps(x, parts[h][0]);
+        parts[h][1] = leading(rest);
+        parts[h][2] = _mm512_sub_ps(rest, parts[h][1]);
+      }
+      for (int p = 0; p < kParts; ++p)
+        _mm512_store_si512(to + p * kTileBytes + r * 64, pairs(parts[0][p], parts[1][p]));
+    }
+  }
+}
+
+// C <- alpha 2^-scale sums + beta C of the block before, a part after each tile along k: the matrix unit works beside
+// the others.
+class Updates {
+ public:
+  Updates(float alpha, float beta, int scale, int64_t stride)
+      : alpha_(_mm512_set1_ps(alpha)),
+        beta_(_mm512_set1_ps(beta)),
+        read_(beta != 0.0f),
+        scale_(_mm512_set1_ps(static_cast<float>(-scale))),
+        stride_(stride) {}
+
+  // Where the next block's sums go.
+  float* next_sums() { return sums_[turn_]; }
+
+  // The next block is multiplied, and is now the one before.
+  void push(float* c, int64_t rows, int64_t columns) {
+    from_ = sums_[turn_];
+    turn_ ^= 1;
+    c_ = c;
+    rows_ = rows;
+    masks_[0] = first(columns);
+    masks_[1] = first(columns - 16);
+  }
+
+  // Part t of so many.
+  void advance(int64_t t, int64_t parts) const {
+    const int64_t end = std::min(rows_, kBlock * (t + 1) / parts);
+    for (int64_t r = kBlock * t / parts; r < end; ++r) {
+      for (int h = 0; h < 2; ++h) {
+        float* const to = c_ + r * stride_ + 16 * h;
+        __m512 value = _mm512_mul_ps(alpha_, _mm512_scalef_ps(_mm512_load_ps(from_ + r * kBlock + 16 * h), scale_));
+        if (read_) value = _mm512_fmadd_ps(beta_, _mm512_maskz_loadu_ps(masks_[h], to), value);
+        _mm512_mask_storeu_ps(to, masks_[h], value);
+      }
+    }
+  }
+
+ private:
+  alignas(64) float sums_[2][kBlock * kBlock];
+  __m512 alpha_, beta_;
+  bool read_;
+  __m512 scale_;
+  int64_t stride_, rows_ = 0;
+  int turn_ = 0;
+  const float* from_ = nullptr;
+  float* c_ = nullptr;
+  __mmask16 masks_[2] = {};
+};
+
+// 32×32 sums of six products of parts, from two strips of each operand.
+inline void multiply_block(const char* left, const char* right, int64_t strip, int64_t tiles, Updates& updates) {
+  constexpr int kRow = kBlock * sizeof(float);
+  // The compiler does not know that tiles are loaded from memory, and stored to it.
+  asm volatile("" ::: "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+#define SL_LEFT(part) \
+  _tile_loadd(4, left + (part) * kTileBytes, 64); \
+  _tile_loadd(5, left + strip + (part) * kTileBytes, 64)
+#define SL_RIGHT(part) \
+  _tile_loadd(6, right + (part) * kTileBytes, 64); \
+  _tile_loadd(7, right + strip + (part) * kTileBytes, 64)
+#define SL_MULTIPLY() \
+  _tile_dpbf16ps(0, 4, 6); \
+  _tile_dpbf16ps(1, 4, 7); \
+  _tile_dpbf16ps(2, 5, 6); \
+  _tile_dpbf16ps(3, 5, 7)
+  for (int64_t t = 0; t < tiles; ++t, left += kStep, right += kStep) {
+    // In an order in which one product shares an operand with the next.
+    SL_LEFT(0);
+    SL_RIGHT(2);
+    SL_MULTIPLY();
+    SL_RIGHT(0);
+    SL_MULTIPLY();
+    SL_RIGHT(1);
+    SL_MULTIPLY();
+    SL_LEFT(1);
+    SL_MULTIPLY();
+    SL_RIGHT(0);
+    SL_MULTIPLY();
+    SL_LEFT(2);
+    SL_MULTIPLY();
+    updates.advance(t, tiles);
+  }
+  float* const sums = updates.next_sums();
+#undef SL_LEFT
+#undef SL_RIGHT
+#undef SL_MULTIPLY
+  _tile_stored(0, sums, kRow);
+  _tile_stored(1, sums + kTile, kRow);
+  _tile_stored(2, sums + kTile * kBlock, kRow);
+  _tile_stored(3, sums + kTile * kBlock + kTile, kRow);
+  asm volatile("" ::: "memory");
+}
+
+// Rows [top, bottom) and columns [begin, end) of the product over `depth`, from the strips of A's panel.
+void multiply_task(const Product& p, const Vectors& b, int64_t d, int64_t depth, int64_t panel, int64_t top,
+                   int64_t bottom, int64_t begin, int64_t end, const char* packed_a, int b_scale, Updates updates) {
+  static thread_local Workspace workspace;
+  const int64_t tiles = over(depth, kTileDepth), strip = tiles * kStep, strips = 2 * over(end - begin, kBlock);
+  char* const packed_b = workspace.at_least(static_cast<size_t>(strips * strip));
+  for (int64_t s = 0; s < strips; ++s)
+    pack<true>(b.from(std::min(begin + s * kTile, end), d, std::max<int64_t>(0, end - begin - s * kTile)), depth,
+               b_scale, packed_b + s * strip);
+  for (int64_t r = top; r < bottom; r += kBlock) {
+    for (int64_t c = begin; c < end; c += kBlock) {
+      if (p.symmetric && r + kBlock <= c) break;  // above the diagonal
+      multiply_block(packed_a + (r - panel) / kTile * strip, packed_b + (c - begin) / kTile * strip, strip, tiles,
+                     updates);
+      updates.push(p.c.data + r * p.c.row_stride + c, std::min<int64_t>(kBlock, bottom - r),
+                   std::min<int64_t>(kBlock, end - c));
+    }
+  }
+  updates.advance(0, 1);
+}
+
+}  // namespace
+
+void multiply(const Product& p, int threads) {
+  const Vectors a{p.a.data, p.a.row_stride, p.a.col_stride, p.m}, b{p.b.data, p.b.col_stride, p.b.row_stride, p.n};
+  const bool same = a.data == b.data && a.stride == b.stride && a.element_stride == b.element_stride && p.m == p.n;
+  const int32_t largest_a = largest(a, p.k, threads);
+  const int32_t largest_b = same ? largest_a : largest(b, p.k, threads);
+  if (largest_a >= kInfinity || largest_b >= kInfinity) {  // which have no parts
+    avx512::multiply(p, threads);
+    return;
+  }
+  const int a_scale = scale_of(largest_a), b_scale = scale_of(largest_b);
+  // Along k in parts of one size.
+  const int64_t depth = kTileDepth * over(over(p.k, over(p.k, kDepth)), kTileDepth);
+  const int64_t strip = depth / kTileDepth * kStep;
+  static thread_local Workspace workspace;
+  char* const packed_a = workspace.at_least(static_cast<size_t>(2 * over(std::min(p.m, kPanel), kBlock) * strip));
+  for (int64_t i = 0; i < p.m; i += kPanel) {
+    const int64_t below = std::min(p.m, i + kPanel), strips = 2 * over(below - i, kBlock);
+    const int64_t width = p.symmetric ? below : p.n, column_tasks = over(width, kTaskColumns);
+    // As many parts of the rows as give all threads something to do.
+    const int64_t parts = threads == 1 ? 1 : over(4 * threads, column_tasks);
+    const int64_t task_rows = over(over(below - i, parts), kBlock) * kBlock;
+    const int64_t tasks = over(below - i, task_rows) * column_tasks;
+    for (int64_t d = 0; d < p.k; d += depth) {
+      const int64_t deep = std::min(depth, p.k - d), used = over(deep, kTileDepth) * kStep;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+      {
+        _tile_loadconfig(&kWholeTiles);
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t s = 0; s < strips; ++s)
+          pack<false>(a.from(std::min(i + s * kTile, p.m), d, kTile), deep, a_scale, packed_a + s * used);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < tasks; ++t) {
+          const int64_t begin = t % column_tasks * kTaskColumns, end = std::min(width, begin + kTaskColumns);
+          const int64_t top = i + t / column_tasks * task_rows, bottom = std::min(below, top + task_rows);
+          if (p.symmetric && bottom <= begin) continue;
+          multiply_task(p, b, d, deep, i, top, bottom, begin, end, packed_a, b_scale,
+                        Updates(p.alpha, d == 0 ? p.beta : 1.0f, a_scale + b_scale, p.c.row_stride));
+        }
+        _tile_release();
+      }
+    }
+  }
+}
+
+}  // namespace amx
+}  // namespace stepladder::matrix_product
