@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from stepladder.bench import report
 from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS, Contender
 from stepladder.bench.ladder.tasks import TASKS
 
@@ -402,7 +401,8 @@ def from_json(value: dict[str, Any]) -> Results:
             standings.append(Standing(row["name"], row["rates"], setting.seeds, runs))
         if not all(len(r.steps) == len(r.losses) == len(s.best_runs[0].steps) for s in standings for r in s.best_runs):
             raise ValueError("curves of one rate differ in length")
-        report.header(value["machine"])
+        if not {"device", "date"} <= value["machine"].keys():
+            raise KeyError("machine")
         return Results(value["machine"], setting, standings)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("it is not what `stepladder ladder --json` writes") from error
