@@ -46,7 +46,7 @@ sanitize: build
 	OMP_WAIT_POLICY=passive STEPLADDER_SANITIZE=races $(BIN)/python -m pytest $(SANITIZED)
 
 bench: build
-	$(BIN)/stepladder bench
+	$(BIN)/stepladder bench --processes 2
 	$(BIN)/python examples/train_charlm.py --compare torch.AdamW:fused AdamW
 
 # Draws the figures, then makes the site. A warning, as of a link that leads nowhere, is an error.
