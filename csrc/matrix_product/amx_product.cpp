@@ -13,6 +13,7 @@
 #include <new>
 
 #include "common/amx.h"
+#include "common/avx512.h"
 #include "common/dtype.h"
 #include "matrix_product/product.h"
 
@@ -75,10 +76,6 @@ struct Vectors {
   }
 };
 
-inline __mmask16 first(int64_t count) {
-  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
-
 // The largest magnitude, as the bits of a float: of NaN's the largest.
 int32_t largest(const Vectors& v, int64_t depth, int threads) {
   // Lines of neighbours in memory.
@@ -93,7 +90,8 @@ int32_t largest(const Vectors& v, int64_t depth, int threads) {
     if (stride == 1) {
       __m512i most = _mm512_setzero_si512();
       for (int64_t i = 0; i < length; i += 16)
-        most = _mm512_max_epi32(most, _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(first(length - i), x + i)));
+        most = _mm512_max_epi32(most,
+                                _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(first_lanes(length - i), x + i)));
       found = std::max(found, _mm512_reduce_max_epi32(most));
     } else {
       for (int64_t i = 0; i < length; ++i) found = std::max(found, bit_cast<int32_t>(x[i * stride]) & 0x7fffffff);
@@ -105,43 +103,18 @@ int32_t largest(const Vectors& v, int64_t depth, int threads) {
 // By which power of two an operand is multiplied.
 int scale_of(int32_t largest) { return largest == 0 ? 0 : kScaled - std::ilogb(bit_cast<float>(largest)); }
 
-inline void transpose(__m512 (&x)[16]) {
-  __m512i t[16], v[16];
-  for (int i = 0; i < 16; ++i) v[i] = _mm512_castps_si512(x[i]);
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    x[i] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    x[i + 4] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    x[i + 8] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-    x[i + 12] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
-  }
-}
-
 // 16 rows of as many elements, with zeros beyond the given ones.
 inline void fetch(const float* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t columns,
                   __m512 (&to)[16]) {
   if (stride == 1) {
     for (int64_t r = 0; r < 16; ++r)
-      to[r] = r < rows ? _mm512_maskz_loadu_ps(first(columns), from + r * row_stride) : _mm512_setzero_ps();
+      to[r] = r < rows ? _mm512_maskz_loadu_ps(first_lanes(columns), from + r * row_stride) : _mm512_setzero_ps();
   } else if (row_stride == 1) {
+    __m512i lanes[16];
     for (int64_t c = 0; c < 16; ++c)
-      to[c] = c < columns ? _mm512_maskz_loadu_ps(first(rows), from + c * stride) : _mm512_setzero_ps();
-    transpose(to);
+      lanes[c] = c < columns ? _mm512_maskz_loadu_epi32(first_lanes(rows), from + c * stride) : _mm512_setzero_si512();
+    transpose_lanes(lanes);
+    for (int r = 0; r < 16; ++r) to[r] = _mm512_castsi512_ps(lanes[r]);
   } else {
     alignas(64) float row[16];
     for (int64_t r = 0; r < 16; ++r) {
@@ -209,8 +182,8 @@ class Updates {
     turn_ ^= 1;
     c_ = c;
     rows_ = rows;
-    masks_[0] = first(columns);
-    masks_[1] = first(columns - 16);
+    masks_[0] = first_lanes(columns);
+    masks_[1] = first_lanes(columns - 16);
   }
 
   // Part t of so many.

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/avx512.h"
 #include "matrix_product/product.h"
 
 namespace stepladder::matrix_product::avx512 {
@@ -93,11 +94,7 @@ void add_tile(const float* a, const float* b, int64_t depth, float* c, int64_t s
     }
     return;
   }
-  const auto mask = [&](int64_t from) {
-    const int64_t count = std::clamp<int64_t>(columns - from, 0, 16);
-    return static_cast<__mmask16>((1u << count) - 1);
-  };
-  const __mmask16 low = mask(0), high = mask(16);
+  const __mmask16 low = first_lanes(columns), high = first_lanes(columns - 16);
 #pragma GCC unroll 14
   for (int r = 0; r < kRows; ++r) {
     if (r >= rows) continue;

@@ -18,7 +18,7 @@ inline char* tile(char* base, int64_t strip, int64_t k, int64_t strip_tiles) {
 void turn_tile(const char* from, char* to) {
   __m512i v[16];
   for (int r = 0; r < 16; ++r) v[r] = _mm512_load_si512(from + r * 64);
-  transpose_pairs(v);
+  transpose_lanes(v);
   for (int r = 0; r < 16; ++r) _mm512_store_si512(to + r * 64, v[r]);
 }
 

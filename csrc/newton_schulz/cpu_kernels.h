@@ -3,7 +3,8 @@
 // Operands are bf16 in tiles of 16 rows of 64 bytes, strips of them contiguous along the inner dimension k:
 //   left   tile (i, k): rows 16i.. of the operand, 32 elements along k each
 //   right  tile (j, k): 16 pairs of elements along k, for 16 columns of the product each
-// The right tile of XXᵀ is the transpose, as a 16×16 matrix of pairs, of its left tile, and stands at the same place.
+// The right tile of XXᵀ is the left one turned: its transpose as a 16×16 matrix of pairs. Only left tiles are kept of
+// it and of symmetric matrices, and turned where a product reads them (cpu_macro.h).
 //
 // The diagonal D of a symmetric matrix D + O is kept apart in fp32, and products with it are added in the epilogue. As
 // X nears an orthogonal matrix its Gram matrix nears the identity, and a rounded diagonal would be nearly all of the

@@ -60,17 +60,13 @@ void transpose_block(float* c) {
   for (int i = 0; i < 2; ++i) {
     for (int j = 0; j < 2; ++j) {
       for (int r = 0; r < 16; ++r) v[i][j][r] = _mm512_load_si512(c + (16 * i + r) * kBlock + 16 * j);
-      transpose_pairs(v[i][j]);
+      transpose_lanes(v[i][j]);
     }
   }
   for (int i = 0; i < 2; ++i) {
     for (int j = 0; j < 2; ++j)
       for (int r = 0; r < 16; ++r) _mm512_store_si512(c + (16 * i + r) * kBlock + 16 * j, v[j][i][r]);
   }
-}
-
-inline __mmask16 first(int64_t count) {
-  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
 // The block at (i, j) of an m×n view; zeros beyond its end.
@@ -90,7 +86,7 @@ void read_block(const View& view, int64_t m, int64_t n, int64_t i, int64_t j, fl
   const int64_t start = across ? j * stride + i : i * stride + j;
   for (int64_t r = 0; r < kBlock; ++r) {
     for (int h = 0; h < 2; ++h) {
-      const __mmask16 mask = r < lines ? first(length - 16 * h) : 0;
+      const __mmask16 mask = r < lines ? first_lanes(length - 16 * h) : 0;
       _mm512_store_ps(c + r * kBlock + h * 16, mask == 0
                                                    ? _mm512_setzero_ps()
                                                    : load16(view.dtype, view.data, start + r * stride + 16 * h, mask));
@@ -116,7 +112,7 @@ void write_block(const View& view, int64_t m, int64_t n, int64_t i, int64_t j, f
   const int64_t start = across ? j * stride + i : i * stride + j;
   for (int64_t r = 0; r < lines; ++r) {
     for (int h = 0; h < 2; ++h) {
-      const __mmask16 mask = first(length - 16 * h);
+      const __mmask16 mask = first_lanes(length - 16 * h);
       if (mask != 0)
         store16(view.dtype, view.data, start + r * stride + 16 * h, mask, _mm512_load_ps(c + r * kBlock + h * 16));
     }

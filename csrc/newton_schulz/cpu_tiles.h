@@ -7,11 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/amx.h"
+#include "common/avx512.h"
 #include "newton_schulz/cpu_kernels.h"
-
-#if defined(SL_EMULATED_AMX)
-#include "emulator/amx.h"
-#endif
 
 namespace stepladder::newton_schulz {
 namespace SL_UNIT {
@@ -27,16 +25,7 @@ inline __m512i as_ints(__m512bh v) { return reinterpret_cast<__m512i>(v); }
 // beside the others: `meanwhile` does what is left to do for the block before, a part after each tile along k.
 #if defined(SL_AMX)
 
-struct TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t bytes[16];
-  uint8_t rows[16];
-};
-// Eight tiles of 16 rows of 64 bytes. A constant: of a local one GCC sees only the first 8 bytes read, and leaves the
-// stores of the others out.
-alignas(64) constexpr TileConfig kTiles{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-void enter() { _tile_loadconfig(&kTiles); }
+void enter() { _tile_loadconfig(&kWholeTiles); }
 
 void leave() { _tile_release(); }
 
@@ -118,33 +107,6 @@ void multiply_block(float* c, const char* left0, const char* left1, const char* 
 }
 
 #endif
-
-// Columns of 32 bits become rows, 16×16.
-inline void transpose_pairs(__m512i v[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
 
 }  // namespace
 }  // namespace SL_UNIT
