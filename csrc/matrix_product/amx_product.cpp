@@ -1,21 +1,24 @@
 // A product of fp32 matrices on tiles of bf16. An fp32 number is the sum of three bf16, exactly: high, middle and low
-// with 8 bits each. Of the nine products of the parts the six largest are summed, in fp32; what is left out is below
-// 2^-25 of a product, less than its rounding in fp32.
+// with 8 bits each. Of the nine products of the parts the six largest are summed, in fp32; what is left out is at most
+// 2^-24 of a product, as its rounding in fp32 is.
 //
-// Tiles flush subnormal numbers: both operands are scaled by powers of two, so that parts of elements down to 2^-151 of
-// the largest one stay normal, and sums of 2^30 products below the largest fp32.
+// Tiles flush subnormal numbers: both operands are scaled by powers of two that bring their largest elements as high as
+// sums allow. Where the smallest ones are then still too low, fp32 multiplies, as it does where something is not
+// finite.
 #include <immintrin.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 
 #include "common/amx.h"
 #include "common/avx512.h"
+#include "common/buffer.h"
 #include "common/dtype.h"
 #include "matrix_product/product.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace stepladder::matrix_product {
 
@@ -32,39 +35,12 @@ constexpr int kBlock = 2 * kTile;           // side of a block of the product: f
 constexpr int64_t kDepth = 768;             // packed at a time, of
 constexpr int64_t kTaskColumns = 256;       // columns of B, 1.1 MiB, which stay in L2, and
 constexpr int64_t kPanel = 3072;            // rows of A, 14 MiB, which all threads share
-constexpr int kScaled = 48;                 // exponent of the largest element
+constexpr int kScaled = 58;   // exponent of the largest element: kDepth products of two are below the largest fp32
+constexpr int kLeast = -103;  // the least exponent of an element whose lowest bit is a normal number
+constexpr int kLeastProduct = -102;  // the least one of a product that loses nothing by what is flushed
 constexpr int32_t kInfinity = 0x7f800000;
 
 int64_t over(int64_t size, int64_t part) { return (size + part - 1) / part; }
-
-// Memory of a thread that calls, kept for its next product: new pages cost more than is computed from them.
-class Workspace {
- public:
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { std::free(memory_); }
-
-  char* at_least(size_t bytes) {
-    if (bytes > bytes_) {
-      std::free(memory_);
-      bytes_ = 0;
-      const size_t whole = (bytes + kPage - 1) / kPage * kPage;
-      memory_ = static_cast<char*>(std::aligned_alloc(kPage, whole));
-      if (memory_ == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-      madvise(memory_, whole, MADV_HUGEPAGE);
-#endif
-      bytes_ = whole;
-    }
-    return memory_;
-  }
-
- private:
-  static constexpr size_t kPage = 1 << 21;
-  char* memory_ = nullptr;
-  size_t bytes_ = 0;
-};
 
 // Rows of A, or columns of B.
 struct Vectors {
@@ -76,32 +52,54 @@ struct Vectors {
   }
 };
 
-// The largest magnitude, as the bits of a float: of NaN's the largest.
-int32_t largest(const Vectors& v, int64_t depth, int threads) {
+// Magnitudes as the bits of floats, whose order is theirs; of NaN's the largest.
+struct Range {
+  int32_t least = INT32_MAX, most = 0;  // of those that are not zero
+
+  bool empty() const { return most == 0; }
+  bool finite() const { return most < kInfinity; }
+  // By which power of two it is multiplied.
+  int scale() const { return empty() ? 0 : kScaled - std::ilogb(bit_cast<float>(most)); }
+  // Exponent of the smallest one then.
+  int lowest() const { return empty() ? kScaled : std::ilogb(bit_cast<float>(least)) + scale(); }
+};
+
+Range range_of(const Vectors& v, int64_t depth, int threads) {
   // Lines of neighbours in memory.
   const bool along = v.element_stride == 1 || v.stride != 1;
   const int64_t lines = along ? v.count : depth, length = along ? depth : v.count;
   const int64_t line_stride = along ? v.stride : v.element_stride, stride = along ? v.element_stride : v.stride;
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  int32_t found = 0;
-#pragma omp parallel for schedule(static) reduction(max : found) num_threads(threads) if (threads > 1)
+  int32_t least = INT32_MAX, most = 0;
+#pragma omp parallel for schedule(static) reduction(max : most) reduction(min : least) \
+    num_threads(threads) if (threads > 1)
   for (int64_t line = 0; line < lines; ++line) {
     const float* const x = v.data + line * line_stride;
     if (stride == 1) {
-      __m512i most = _mm512_setzero_si512();
-      for (int64_t i = 0; i < length; i += 16)
-        most = _mm512_max_epi32(most,
-                                _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(first_lanes(length - i), x + i)));
-      found = std::max(found, _mm512_reduce_max_epi32(most));
+      __m512i low = magnitude, high = _mm512_setzero_si512();
+      for (int64_t i = 0; i < length; i += 16) {
+        const __m512i bits = _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(first_lanes(length - i), x + i));
+        high = _mm512_max_epi32(high, bits);
+        low = _mm512_mask_min_epi32(low, _mm512_test_epi32_mask(bits, bits), low, bits);
+      }
+      most = std::max(most, _mm512_reduce_max_epi32(high));
+      least = std::min(least, _mm512_reduce_min_epi32(low));
     } else {
-      for (int64_t i = 0; i < length; ++i) found = std::max(found, bit_cast<int32_t>(x[i * stride]) & 0x7fffffff);
+      for (int64_t i = 0; i < length; ++i) {
+        const int32_t bits = bit_cast<int32_t>(x[i * stride]) & 0x7fffffff;
+        most = std::max(most, bits);
+        if (bits != 0) least = std::min(least, bits);
+      }
     }
   }
-  return found;
+  return {least, most};
 }
 
-// By which power of two an operand is multiplied.
-int scale_of(int32_t largest) { return largest == 0 ? 0 : kScaled - std::ilogb(bit_cast<float>(largest)); }
+// Whether tiles multiply these as fp32 does.
+bool serves(const Range& a, const Range& b) {
+  return a.finite() && b.finite() && a.lowest() >= kLeast && b.lowest() >= kLeast &&
+         a.lowest() + b.lowest() >= kLeastProduct;
+}
 
 // 16 rows of as many elements, with zeros beyond the given ones.
 inline void fetch(const float* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t columns,
@@ -259,12 +257,13 @@ inline void multiply_block(const char* left, const char* right, int64_t strip, i
   asm volatile("" ::: "memory");
 }
 
-// Rows [top, bottom) and columns [begin, end) of the product over `depth`, from the strips of A's panel.
+// Rows [top, bottom) and columns [begin, end) of the product over `depth`, from the strips of A's panel. B's are packed
+// into this thread's memory.
 void multiply_task(const Product& p, const Vectors& b, int64_t d, int64_t depth, int64_t panel, int64_t top,
-                   int64_t bottom, int64_t begin, int64_t end, const char* packed_a, int b_scale, Updates updates) {
-  static thread_local Workspace workspace;
+                   int64_t bottom, int64_t begin, int64_t end, const char* packed_a, char* packed_b, int a_scale,
+                   int b_scale) {
+  Updates updates(p.alpha, d == 0 ? p.beta : 1.0f, a_scale + b_scale, p.c.row_stride);
   const int64_t tiles = over(depth, kTileDepth), strip = tiles * kStep, strips = 2 * over(end - begin, kBlock);
-  char* const packed_b = workspace.at_least(static_cast<size_t>(strips * strip));
   for (int64_t s = 0; s < strips; ++s)
     pack<true>(b.from(std::min(begin + s * kTile, end), d, std::max<int64_t>(0, end - begin - s * kTile)), depth,
                b_scale, packed_b + s * strip);
@@ -280,23 +279,33 @@ void multiply_task(const Product& p, const Vectors& b, int64_t d, int64_t depth,
   updates.advance(0, 1);
 }
 
+int this_thread() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 }  // namespace
 
 void multiply(const Product& p, int threads) {
   const Vectors a{p.a.data, p.a.row_stride, p.a.col_stride, p.m}, b{p.b.data, p.b.col_stride, p.b.row_stride, p.n};
   const bool same = a.data == b.data && a.stride == b.stride && a.element_stride == b.element_stride && p.m == p.n;
-  const int32_t largest_a = largest(a, p.k, threads);
-  const int32_t largest_b = same ? largest_a : largest(b, p.k, threads);
-  if (largest_a >= kInfinity || largest_b >= kInfinity) {  // which have no parts
+  const Range range_a = range_of(a, p.k, threads), range_b = same ? range_a : range_of(b, p.k, threads);
+  if (!serves(range_a, range_b)) {
     avx512::multiply(p, threads);
     return;
   }
-  const int a_scale = scale_of(largest_a), b_scale = scale_of(largest_b);
+  const int a_scale = range_a.scale(), b_scale = range_b.scale();
   // Along k in parts of one size.
   const int64_t depth = kTileDepth * over(over(p.k, over(p.k, kDepth)), kTileDepth);
   const int64_t strip = depth / kTileDepth * kStep;
-  static thread_local Workspace workspace;
-  char* const packed_a = workspace.at_least(static_cast<size_t>(2 * over(std::min(p.m, kPanel), kBlock) * strip));
+  const int64_t strips_a = 2 * over(std::min(p.m, kPanel), kBlock);
+  const int64_t strips_b = 2 * over(std::min(p.n, kTaskColumns), kBlock);
+  static thread_local Buffer buffer;  // of the caller
+  char* const packed_a = buffer.at_least(static_cast<size_t>((strips_a + threads * strips_b) * strip));
+  char* const packed_b = packed_a + strips_a * strip;
   for (int64_t i = 0; i < p.m; i += kPanel) {
     const int64_t below = std::min(p.m, i + kPanel), strips = 2 * over(below - i, kBlock);
     const int64_t width = p.symmetric ? below : p.n, column_tasks = over(width, kTaskColumns);
@@ -317,8 +326,8 @@ void multiply(const Product& p, int threads) {
           const int64_t begin = t % column_tasks * kTaskColumns, end = std::min(width, begin + kTaskColumns);
           const int64_t top = i + t / column_tasks * task_rows, bottom = std::min(below, top + task_rows);
           if (p.symmetric && bottom <= begin) continue;
-          multiply_task(p, b, d, deep, i, top, bottom, begin, end, packed_a, b_scale,
-                        Updates(p.alpha, d == 0 ? p.beta : 1.0f, a_scale + b_scale, p.c.row_stride));
+          multiply_task(p, b, d, deep, i, top, bottom, begin, end, packed_a,
+                        packed_b + this_thread() * strips_b * strip, a_scale, b_scale);
         }
         _tile_release();
       }

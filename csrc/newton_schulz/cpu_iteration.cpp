@@ -1,16 +1,11 @@
 #include "newton_schulz/cpu_iteration.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <deque>
 #include <exception>
 #include <thread>
-
-#include "common/error.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -20,7 +15,6 @@ namespace stepladder::newton_schulz {
 
 namespace {
 
-constexpr size_t kPage = 4096, kHugePage = 2 << 20;
 // Of all matrices under way; a larger matrix is worked on alone.
 constexpr size_t kWorkspaceBytes = size_t{1} << 30;
 constexpr int kSpins = 256;
@@ -103,28 +97,6 @@ double cost(const Job& job) {
 }
 
 }  // namespace
-
-Buffer::~Buffer() { release(); }
-
-void Buffer::release() {
-  free(memory_);
-  memory_ = nullptr;
-  bytes_ = 0;
-}
-
-char* Buffer::at_least(size_t bytes) {
-  if (bytes <= bytes_) return memory_;
-  release();
-  const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kPage;
-  const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-  memory_ = static_cast<char*>(aligned_alloc(alignment, rounded));
-  SL_CHECK(memory_ != nullptr, "no memory for ", rounded, " bytes of workspace");
-#if defined(MADV_HUGEPAGE)
-  if (alignment == kHugePage) madvise(memory_, rounded, MADV_HUGEPAGE);
-#endif
-  bytes_ = rounded;
-  return memory_;
-}
 
 void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int threads) {
   const std::lock_guard<std::mutex> lock(mutex_);

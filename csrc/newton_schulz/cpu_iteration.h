@@ -5,26 +5,10 @@
 #include <mutex>
 #include <vector>
 
+#include "common/buffer.h"
 #include "newton_schulz/cpu_kernels.h"
 
 namespace stepladder::newton_schulz {
-
-// Memory aligned to pages, large ones to huge pages.
-class Buffer {
- public:
-  Buffer() = default;
-  ~Buffer();
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  // Forgets what was in it where it grows.
-  char* at_least(size_t bytes);
-  void release();
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* memory_ = nullptr;
-  size_t bytes_ = 0;
-};
 
 // Keeps its memory from call to call, up to `kept_bytes`.
 class CpuIteration {
