@@ -18,7 +18,7 @@ from stepladder.bench.rivals import names_of, rivals_of
 from stepladder.bench.runner import DTYPE_NAMES, OPTIMIZERS, QUICK_SHAPES
 from stepladder.bench.shapes import APART, SETS, elements
 
-pytest.importorskip("pytest_benchmark")
+pytest.importorskip("pytest_benchmark", reason="measures; pip install 'stepladder[test]'")
 
 
 def steps() -> Iterator[Any]:

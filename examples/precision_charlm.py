@@ -8,23 +8,22 @@ their operands are rounded on a CPU before they are multiplied: what remains of 
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from unittest.mock import patch
 
 import click
 import torch
+from charlm_rows import prepared, size_options, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from train_charlm import OTHER_RATE, Run
 
-from stepladder.bench.charlm import Text, sample
+from stepladder.bench.charlm import Text
 from stepladder.optim import preconditioned
 
 # Bits of a mantissa, the leading one among them.
@@ -67,7 +66,7 @@ class Row:
         seed: Of weights and batches.
         lr: The peak learning rate.
         steps: Of training.
-        error: ‖C − AB‖F/‖AB‖F of the products, in the mean over the run.
+        error: ‖C − AB‖F/‖AB‖F of the first 1000 products, in the mean.
         apart: ‖w − w'‖F/‖w' − w₀‖F after the first steps, w' with "fp32".
         final_loss: On validation data, nats a character.
     """
@@ -87,10 +86,8 @@ def weights(run: Run) -> Tensor:
 
 def train(row: Row, text: Text, options: dict[str, int | float | str]) -> tuple[Tensor, Tensor]:
     """Fill in a row's error and loss; returns the first weights, and those after the first steps."""
-    batch, context = int(options["batch"]), int(options["context"])
-    held_out = sample(text.validation, 8 * batch, context, torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(row.seed)
-    run = Run("SOAP", text.vocabulary, options | {"lr": row.lr, "seed": row.seed, "steps": row.steps})
+    own = options | {"lr": row.lr, "seed": row.seed, "steps": row.steps}
+    run, batches, held_out = prepared("SOAP", text, own)
     begin = early = weights(run)
     errors: list[float] = []
     multiply = multiplier(row.precision)
@@ -104,7 +101,7 @@ def train(row: Row, text: Text, options: dict[str, int | float | str]) -> tuple[
 
     with patch.object(preconditioned, "mm", measured):
         for step in range(1, row.steps + 1):
-            run.advance(*sample(text.training, batch, context, generator))
+            run.advance(*next(batches))
             if step == min(EARLY, row.steps):
                 early = weights(run)
     row.error, row.final_loss = fmean(errors), run.validate(*held_out)
@@ -118,12 +115,7 @@ def train(row: Row, text: Text, options: dict[str, int | float | str]) -> tuple[
 @click.option("--steps", type=click.IntRange(min=5), default=150)
 @click.option("--lr", type=float, default=9e-3, help="Peak learning rate.")
 @click.option("--fallback-lr", type=float, default=OTHER_RATE, help="Peak learning rate of AdamW beside SOAP.")
-@click.option("--batch", type=click.IntRange(min=1), default=16)
-@click.option("--context", type=click.IntRange(min=1), default=64, help="Characters.")
-@click.option("--width", type=click.IntRange(min=1), default=128)
-@click.option("--layers", type=click.IntRange(min=1), default=4)
-@click.option("--heads", type=click.IntRange(min=1), default=4)
-@click.option("--csv", "csv_file", type=click.Path(dir_okay=False), help="Write a row for each run to this file.")
+@size_options
 def main(
     precisions: tuple[str, ...],
     seeds: tuple[int, ...],
@@ -155,10 +147,7 @@ def main(
         table.add_row(precision, *shown, ", ".join(f"{x:.4f}" for x in losses), f"{fmean(losses):.4f}")
     Console().print(table)
     if csv_file:
-        with Path(csv_file).open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write([asdict(row) for row in rows], csv_file)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,19 @@ Each optimizer is taken at its best rate. The first one's final loss is then the
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import fmean
 
 import click
 import torch
+from charlm_rows import prepared, size_options, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from train_charlm import OTHER_RATE, Run, parse
+from train_charlm import OTHER_RATE, parse
 
-from stepladder.bench.charlm import Text, sample
+from stepladder.bench.charlm import Text
 
 
 @dataclass
@@ -41,13 +40,9 @@ class Row:
 def train(row: Row, text: Text, options: dict[str, int | float | str | None], every: int) -> None:
     """Fill in a row's curve, a point for each `every` steps and the last one, and its final loss."""
     options |= {"lr": row.lr, "fallback_lr": row.fallback_lr, "seed": row.seed, "steps": row.steps}
-    batch, context = int(options["batch"]), int(options["context"])
-    # The same for all runs, so that their losses can be compared.
-    held_out = sample(text.validation, 8 * batch, context, torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(row.seed)
-    run = Run(row.optimizer, text.vocabulary, options)
+    run, batches, held_out = prepared(row.optimizer, text, options)
     for step in range(1, row.steps + 1):
-        run.advance(*sample(text.training, batch, context, generator))
+        run.advance(*next(batches))
         if not math.isfinite(run.losses[-1]):
             return
         if step % every == 0 or step == row.steps:
@@ -88,15 +83,6 @@ def show(rows: list[Row], names: list[str], target: float) -> Table:
     return table
 
 
-def write(rows: list[Row], path: str) -> None:
-    """A row for each run, without its curve."""
-    with Path(path).open("w", newline="") as file:
-        kept = [{key: value for key, value in asdict(row).items() if key != "curve"} for row in rows]
-        writer = csv.DictWriter(file, list(kept[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept)
-
-
 @click.command(context_settings={"show_default": True})
 @click.argument("names", nargs=-1, required=True, metavar="OPTIMIZER...")
 @click.option("--factor", "factors", type=float, multiple=True, default=(0.1, 0.3, 1.0, 3.0, 10.0),
@@ -105,15 +91,10 @@ def write(rows: list[Row], path: str) -> None:
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs at each rate.")
 @click.option("--steps", type=click.IntRange(min=5), default=300)
 @click.option("--every", type=click.IntRange(min=1), default=5, help="Steps between two validations.")
-@click.option("--batch", type=click.IntRange(min=1), default=16)
-@click.option("--context", type=click.IntRange(min=1), default=64, help="Characters.")
-@click.option("--width", type=click.IntRange(min=1), default=128)
-@click.option("--layers", type=click.IntRange(min=1), default=4)
-@click.option("--heads", type=click.IntRange(min=1), default=4)
 @click.option("--max-norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of the parameters.")
 @click.option("--threads", type=click.IntRange(min=1), help="Torch's choice where not given.")
-@click.option("--csv", "csv_file", type=click.Path(dir_okay=False), help="Write a row for each run to this file.")
+@size_options
 def main(
     names: tuple[str, ...],
     factors: tuple[float, ...],
@@ -144,7 +125,8 @@ def main(
     set_target(rows, target)
     Console().print(show(rows, list(names), target))
     if csv_file:
-        write(rows, csv_file)
+        # Without their curves.
+        write([{key: value for key, value in asdict(row).items() if key != "curve"} for row in rows], csv_file)
 
 
 if __name__ == "__main__":

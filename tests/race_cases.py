@@ -1,10 +1,25 @@
-"""Results of races that were never run."""
+"""Results of races that were never run, and what a case of real ones needs."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
+
 from stepladder.bench.ladder.race import Lap, Results, Run, Setting, Standing
+from stepladder.bench.ladder.tasks import TASKS
+
+
+def skip_without(task):
+    """Where a task's data are not installed."""
+    if package := TASKS[task].missing:
+        pytest.skip(f"{package} is not installed and has the data: pip install 'stepladder[{task}]'")
+
+
+def skip_without_plots():
+    """Where what draws pictures and pages is not installed."""
+    for package in ("matplotlib", "plotly"):
+        pytest.importorskip(package, reason="draws the race; pip install 'stepladder[plot]'")
 
 
 def made_run(rate, seed, final, steps_to_target=None, name="adamw"):

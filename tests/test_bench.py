@@ -29,6 +29,7 @@ from stepladder.bench.subjects import CASES, SUBJECTS
 ROOT = Path(__file__).parents[1]
 CHOSEN = ["--optimizer=adamw", "--kernel=newton_schulz", "--shapes=4x8x16", "--dtype=fp32", "--rival=fused"]
 QUICK = Settings(0.0)
+SCIPY = "has the distribution of intervals; pip install 'stepladder[bench]'"
 
 
 def synthetic(rng, case="adamw", ours=1.0, machine=1.0, processes=8, rounds=15):
@@ -49,7 +50,7 @@ def names(count):
 
 @pytest.mark.parametrize("count", [2, 8])
 def test_equal_builds_are_flagged_as_seldom_as_is_promised(count):
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason=SCIPY)
     rng = np.random.default_rng(1)
     runs, flagged = 100, 0
     for _ in range(runs):
@@ -60,7 +61,7 @@ def test_equal_builds_are_flagged_as_seldom_as_is_promised(count):
 
 
 def test_what_was_slowed_is_flagged_and_nothing_else():
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason=SCIPY)
     rng = np.random.default_rng(2)
     before = [synthetic(rng, name) for name in names(6)]
     # The machine has become slower by half as well, which is nobody's fault.
@@ -93,7 +94,7 @@ def test_what_cannot_be_compared_is_unknown_and_says_why():
 
 
 def test_two_processes_have_intervals_that_end():
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason=SCIPY)
     rng = np.random.default_rng(4)
     base = [synthetic(rng, name, processes=2) for name in names(20)]
     now = [synthetic(rng, name, processes=2) for name in names(20)]
@@ -220,7 +221,7 @@ def test_every_process_measures_every_case(measured):
 
 
 def test_a_run_differs_from_itself_by_nothing(measured, tmp_path):
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason=SCIPY)
     file = measured / "out.json"
     page = tmp_path / "page.html"
     options = ["--read", str(file), "--base", str(file), "--html", str(page), "--fail-if", "*.change>0"]
@@ -234,7 +235,7 @@ def test_a_run_differs_from_itself_by_nothing(measured, tmp_path):
 
 
 def test_page_renders(measured, browser, tmp_path):
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason=SCIPY)
     page, file = tmp_path / "page.html", str(measured / "out.json")
     CliRunner().invoke(cli.bench, ["--read", file, "--base", file, "--html", str(page)])
     for width in (1200, 390):
@@ -265,7 +266,7 @@ def test_page_renders(measured, browser, tmp_path):
 
 
 def test_pytest_benchmark_is_read(tmp_path):
-    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("pytest_benchmark", reason="writes the JSON; pip install 'stepladder[test]'")
     file = tmp_path / "benchmark.json"
     steps = [f"bench/test_optimizers.py::test_step[400x4096-adamw-fp32-{name}]" for name in ("fused", OURS)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--benchmark-json={file}", *steps]

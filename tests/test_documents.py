@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -172,7 +173,9 @@ def source(tmp_path_factory):
 
 
 def build(root):
-    pytest.importorskip("sphinx", reason="makes the site; pip install 'stepladder[docs]'")
+    absent = [module for module in ("sphinx", "furo", "myst_parser") if find_spec(module) is None]
+    if absent:
+        pytest.skip(f"{', '.join(absent)} not installed, and makes the site: pip install 'stepladder[docs]'")
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "docs", "site"]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from race_cases import made_results
+from race_cases import made_results, skip_without, skip_without_plots
 
 from stepladder.bench.ladder import cli, pictures, race, tasks, workers
 from stepladder.bench.ladder.contenders import CONTENDERS
@@ -27,6 +27,11 @@ def invoke(*arguments):
     return result
 
 
+def texts(facts):
+    """As CSV has them."""
+    return {key: str(value) for key, value in facts.items()}
+
+
 TINY = ("--preset", "essay", "--optimizer", "muon", "--optimizer", "sgd", "--seeds", 2, "--steps", 12)
 TINY += ("--rates", "0.1,0.01,1e30", "--jobs", 1)
 
@@ -37,8 +42,7 @@ def test_command(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "TkAgg")
     files = [tmp_path / name for name in ("a.json", "b.json", "a.html", "b.html", "a.png", "a.csv")]
     (a, b, page, second_page, png, rows) = files
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("plotly")
+    skip_without_plots()
     result = invoke(*TINY, "--json", a, "--csv", rows, "--png", png, "--html", page)
     assert result.exit_code == 0, result.output
     value = json.loads(a.read_text())
@@ -72,6 +76,7 @@ def test_command(tmp_path, monkeypatch):
     with rows.open(newline="") as file:
         read = list(csv.DictReader(file))
     assert len(read) == 12
+    assert all({key: row[key] for key in value["machine"]} == texts(value["machine"]) for row in read)
     assert {(row["task"], row["preset"], row["steps"], row["seeds"], row["target"]) for row in read} == {
         ("teacher", "essay", "12", "2", "0.03")
     }
@@ -188,8 +193,8 @@ def test_missing_data(monkeypatch):
 @pytest.mark.parametrize("task", ["digits", "charlm"])
 def test_tasks(task, tmp_path):
     """Two seeds, each on its own, and the files say what was learned."""
-    for package in ("sklearn", "matplotlib", "plotly"):
-        pytest.importorskip(package)
+    skip_without_plots()
+    skip_without(task)
     a, png, page = tmp_path / "a.json", tmp_path / "a.png", tmp_path / "a.html"
     names = ("--optimizer", "muon", "--optimizer", "adamw", "--seeds", 2, "--steps", 10, "--rates", "0.01", "--jobs", 1)
     result = invoke("--task", task, *names, "--json", a, "--png", png, "--html", page)

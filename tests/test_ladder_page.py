@@ -31,7 +31,7 @@ def results():
 @pytest.fixture
 def page(browser, tmp_path):
     """The page, opened on a desktop's screen, without an error."""
-    pytest.importorskip("plotly")
+    pytest.importorskip("plotly", reason="draws the page; pip install 'stepladder[plot]'")
     file = tmp_path / "race.html"
     with file.open("w", encoding="utf-8") as opened:
         pictures.write_html(opened, results())

@@ -308,16 +308,16 @@ def _write(
 
 
 def write_csv(file: IO[str], results: Results) -> None:
-    """A row for each run."""
+    """A row for each run, with the machine and its versions."""
     setting = results.setting
     columns = ("optimizer", "rate", "seed", "final", "steps_to_target", "diverged", "best_rate")
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*asdict(setting), "target", *columns])
+    writer.writerow([*results.machine, *asdict(setting), "target", *columns])
     for standing in results.standings:
         for run in standing.runs:
             lap, best = run.lap, run.lap.rate == standing.best_rate
             values = lap.optimizer, lap.rate, lap.seed, run.final, run.steps_to_target, run.diverged, best
-            writer.writerow([*asdict(setting).values(), setting.target, *values])
+            writer.writerow([*results.machine.values(), *asdict(setting).values(), setting.target, *values])
 
 
 def _replace(path: Path, mode: str, write: Callable[[IO[Any]], None]) -> None:

@@ -26,9 +26,10 @@ class Preset:
         dtype: Of weights and data.
         backend: Of our optimizers; None is the fused kernels.
         seeds: How many.
-        steps: T; None leaves it to the task, and so it does how many rates of a grid are tried.
+        steps: T; None leaves it to the task.
         every: Steps between two records of the loss; None leaves it to the task.
-        essays: Only the essay's task, and where none is named only its optimizers; rules are the essay's.
+        essays: Only the essay's task, and where none is named only its optimizers; rules are the
+            essay's, and grids are tried whole. Other presets leave to the task how many rates are tried.
     """
 
     name: str

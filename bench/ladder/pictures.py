@@ -14,7 +14,7 @@ from stepladder.bench.ladder.race import Results, Standing
 from stepladder.bench.ladder.tasks import TASKS
 
 PAGE = Path(__file__).with_name("page.html")
-# The essay's optimizers have the strong colours; of the others, three are to spare.
+# The essay's optimizers have the strong colours, each palette one for each optimizer.
 STRONG = ("#7f7f7f", "#8c564b", "#1f77b4", "#17becf", "#e377c2", "#bcbd22", "#d62728", "#2ca02c", "#9467bd")
 SOFT = (
     "#c49c94",
@@ -27,8 +27,6 @@ SOFT = (
     "#ff9896",
     "#98df8a",
     "#5254a3",
-    "#637939",
-    "#843c39",
 )
 # What each kind of file needs.
 NEEDS = {"png": "matplotlib", "html": "plotly"}

@@ -98,7 +98,7 @@ class Setting:
     @property
     def rates(self) -> int | None:
         """How many of a grid are tried; None is all."""
-        return None if PRESETS[self.preset].steps else TASKS[self.task].rates
+        return None if PRESETS[self.preset].essays else TASKS[self.task].rates
 
     @property
     def target(self) -> float:

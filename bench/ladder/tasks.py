@@ -43,10 +43,10 @@ class Task:
         loss: What is recorded, for an axis.
         target: The loss to reach.
         steps: T, with the preset "fast".
-        every: Steps between two records of the loss, likewise.
+        begin: Makes the networks of some seeds for a number of steps.
+        every: Steps between two records of the loss, with the preset "fast".
         rates: How many of each grid are tried, likewise; None is all.
         together: All seeds of a rate train at once.
-        begin: Makes the networks of some seeds for a number of steps.
         module: That must be installed for it, if any.
         package: Which has that module; an extra of the task's name installs it.
     """
@@ -56,10 +56,10 @@ class Task:
     loss: str
     target: float
     steps: int
-    every: int
-    rates: int | None
-    together: bool
     begin: Callable[[Sequence[int], int, torch.dtype], Students]
+    every: int = 10
+    rates: int | None = None
+    together: bool = False
     module: str | None = None
     package: str | None = None
 
@@ -78,10 +78,9 @@ TASKS = {
             loss="training loss / initial loss",
             target=teacher.TARGET,
             steps=1500,
-            every=10,
+            begin=teacher.Students,
             rates=3,
             together=True,
-            begin=teacher.Students,
         ),
         Task(
             name="digits",
@@ -89,9 +88,6 @@ TASKS = {
             loss="training loss in nats",
             target=0.03,
             steps=400,
-            every=10,
-            rates=None,
-            together=False,
             begin=real.digits,
             module="sklearn",
             package="scikit-learn",
@@ -102,9 +98,6 @@ TASKS = {
             loss="validation loss in nats a character",
             target=2.3,
             steps=300,
-            every=10,
-            rates=None,
-            together=False,
             begin=real.charlm,
         ),
     )
