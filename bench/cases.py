@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,14 @@ from stepladder.bench import foreach
 from stepladder.optim.base import Optimizer
 from stepladder.optim.state import RULES
 
+# Those of matrices, by what `--optimizer` takes.
+MATRIX_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "muon": sl.Muon,
+    "normuon": partial(sl.Muon, variant="normuon"),
+    "muonh": sl.MuonH,
+    "shampoo": sl.Shampoo,
+    "soap": sl.SOAP,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp16": torch.float16}
 
 

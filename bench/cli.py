@@ -25,7 +25,8 @@ from stepladder.bench.processes import machine_of
 from stepladder.bench.rivals import NAMES
 from stepladder.bench.runner import COMPARED, DTYPE_NAMES, MATRICES, PROCESSES, SHAPES, Chosen, Outcome, run
 from stepladder.bench.runner import OPTIMIZERS as DEFAULT_OPTIMIZERS
-from stepladder.bench.shapes import MATRIX_SETS, SETS, shapes_of
+from stepladder.bench.shapes import SHAPES as SHAPES_TEXT
+from stepladder.bench.shapes import shapes_of
 from stepladder.bench.subjects import KERNELS, OPTIMIZERS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -89,15 +90,15 @@ def _earlier(context: click.Context, parameter: click.Parameter, paths: tuple[Pa
     found = [_read(path) for path in paths]
     if not found:
         return None
-    return files.Run(
-        found[0].machine, ceilings=found[0].ceilings, cases=merged(case for run in found for case in run.cases)
-    )
+    first = found[0].machine
+    for path, one in zip(paths, found, strict=True):
+        if key := report.difference(first, one.machine):
+            then, now = first.get(key), one.machine.get(key)
+            raise click.BadParameter(f"'{path}' and '{paths[0]}' differ in {key}: {now} and {then}")
+    return files.Run(first, ceilings=found[0].ceilings, cases=merged(case for one in found for case in one.cases))
 
 
-SHAPES_HELP = (
-    f"{', '.join((*SETS, *MATRIX_SETS))}, or a number of tensors of one shape, as 16x256x512. Repeatable. "
-    f"[default: {', '.join(SHAPES)}; of matrices, what fits them]"
-)
+SHAPES_HELP = f"{SHAPES_TEXT}. Repeatable. [default: {', '.join(SHAPES)}; of matrices, what fits them]"
 METRICS_HELP = ", ".join((*METRICS, CHANGE))
 
 
@@ -116,15 +117,14 @@ METRICS_HELP = ", ".join((*METRICS, CHANGE))
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0),
-    default=Settings.seconds,
-    show_default=True,
-    help="For a case's rounds, in all processes together.",
+    help="For a case's rounds, in all processes together. "
+    f"[default: {Settings.seconds:g}; with --quick, of the fewest rounds]",
 )
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
-    help=f"Fresh ones, in each of which every case is measured. [default: {PROCESSES}; with --base, {COMPARED}; "
-    "else on a GPU and with --quick, 1]",
+    help=f"Fresh ones, in each of which every case is measured. [default: {PROCESSES}; with --quick, 1; "
+    f"else with --base, {COMPARED}; else on a GPU, 1]",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of torch and of our kernels. [default: torch's choice]")
 @click.option("--fresh-grads", is_flag=True, help="Reallocate the gradients before each step, outside of its time.")
@@ -165,7 +165,7 @@ def bench(
     backend_names: tuple[str, ...],
     everything: bool,
     quick: bool,
-    seconds: float,
+    seconds: float | None,
     processes: int | None,
     threads: int | None,
     fresh_grads: bool,
@@ -207,7 +207,8 @@ def bench(
         ours = tuple(_ours(backend_names)) if device == "cuda" else ()
         subjects = (*optimizers, *kernels)
         try:
-            specs, left_out = Chosen(subjects, shape_sets, dtypes, rivals or NAMES, ours, everything, quick).specs()
+            chosen = Chosen(subjects, shape_sets, dtypes, rivals or NAMES, ours, everything, quick, fresh_grads)
+            specs, left_out = chosen.specs()
         except ValueError as error:
             raise click.UsageError(str(error)) from None
         for line in left_out:
@@ -217,8 +218,10 @@ def bench(
                 raise click.UsageError(f"--fail-if {condition.text}: nothing named {condition.pattern} is measured")
         if threads:
             torch.set_num_threads(threads)
-        count = processes or (COMPARED if base_run else 1 if quick or ours else PROCESSES)
-        settings = Settings(0.0 if quick else seconds / count, fresh_grads=fresh_grads)
+        count = processes or (1 if quick else COMPARED if base_run else 1 if ours else PROCESSES)
+        if seconds is None:
+            seconds = 0.0 if quick else Settings.seconds
+        settings = Settings(seconds / count, fresh_grads=fresh_grads)
         outcome = Outcome(files.Run(_machine(ours)))
         screen.print((gpu_report if ours else report).header(outcome.now.machine), highlight=False, markup=False)
         if (json_file or html_file) and not ours:
@@ -237,7 +240,7 @@ def bench(
     if outcome.stopped:
         kept = f"written to {', '.join(map(str, written))}" if written else "above"
         raise click.ClickException(f"{outcome.stopped}; what was measured until then is {kept}")
-    failures = [f"{m.label}: the check is RED" for m in outcome.now.cases if m.red]
+    failures = [line for m in outcome.now.cases for line in m.failures]
     for condition in conditions:
         failures += [f"{line} ({condition.text})" for line in condition.met(outcome.now.cases, changes)]
     if failures:

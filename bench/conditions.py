@@ -24,17 +24,16 @@ def _of_ours(value: Callable[[Contender], float | None]) -> Callable[[Measuremen
     return lambda measurement: value(measurement.contenders[measurement.ours]) if measurement.ours else None
 
 
-METRICS: dict[str, tuple[str, Callable[[Measurement], float | None]]] = {
-    "ratio": ("how many times longer the fastest rival takes", lambda m: m.ratio),
-    "share": ("of the yardstick's bandwidth, 1 is all of it", lambda m: m.share),
-    "ms": ("median milliseconds", _of_ours(lambda c: c.milliseconds.median)),
-    "host_ms": ("of them, outside of the kernels", _of_ours(lambda c: c.host.median if c.host else None)),
-    "gb_per_s": ("bytes that must be moved over the time", _of_ours(lambda c: c.gb_per_s)),
-    "gflops": ("operations over the time", _of_ours(lambda c: c.gflops)),
-    "state_bytes": ("of an optimizer's state", _of_ours(lambda c: c.state_bytes)),
+METRICS: dict[str, Callable[[Measurement], float | None]] = {
+    "ratio": lambda m: m.ratio,
+    "share": lambda m: m.share,
+    "ms": _of_ours(lambda c: c.milliseconds.median),
+    "host_ms": _of_ours(lambda c: c.host.median if c.host else None),
+    "gb_per_s": _of_ours(lambda c: c.gb_per_s),
+    "gflops": _of_ours(lambda c: c.gflops),
+    "state_bytes": _of_ours(lambda c: c.state_bytes),
 }
 CHANGE = "change"
-CHANGE_HELP = "percent longer than the base where that exceeds the noise, else 0"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Condition:
         return lines or ([] if values else [f"nothing was measured that is named {self.pattern}"])
 
     def _value(self, measurement: Measurement, changes: Sequence[Change]) -> float | None:
-        return self._change(measurement, changes) if self.metric == CHANGE else METRICS[self.metric][1](measurement)
+        return self._change(measurement, changes) if self.metric == CHANGE else METRICS[self.metric](measurement)
 
     def _change(self, measurement: Measurement, changes: Sequence[Change]) -> float | None:
         own = [c for c in changes if (c.case, c.shapes, c.dtype) == measurement.key]

@@ -220,7 +220,7 @@ class Session:
             limit,
         )
         if files["json"].exists():
-            self.rows += json.loads(files["json"].read_text())["results"]
+            self.rows += json.loads(files["json"].read_text()).get("results", [])
         return failures
 
 

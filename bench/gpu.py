@@ -27,7 +27,7 @@ from stepladder.bench.measure import CACHED, OURS, Contenders, Settings, no_coll
 from stepladder.bench.measurement import Quantiles
 from stepladder.bench.results import RESERVE, fit, gib, own_memory
 from stepladder.bench.rivals import Rival, rivals_of
-from stepladder.bench.shapes import APART, SETS, Shapes, elements
+from stepladder.bench.shapes import APART, Shapes, elements, shapes_of
 from stepladder.bench.workload import Source
 
 COPY = "copy"
@@ -160,8 +160,8 @@ class GpuResult:
         red: How each backend of ours that fails the check does so; it has no number then.
         absent: Contenders that have no number, and why.
         rounds: Samples behind each number.
-        bandwidth: Of the device-to-device copy in the same rounds, in GB/s, bytes read and written.
-        copy_ms: Milliseconds of the copy in each round.
+        bandwidth: Of the device-to-device copy in the same rounds with the host ahead, in GB/s, bytes read and written.
+        copy_ms: Milliseconds of a copy from an idle device until it is done, in each round.
         copy_moved: Bytes that it reads and writes.
         contenders: By name, ours first.
     """
@@ -215,13 +215,13 @@ def run(
     Args:
         gpu: Where.
         case: The optimizer.
-        shapes_name: Of the shape set.
+        shapes_name: What `--shapes` takes.
         dtype_name: fp32 and so on.
         rival_names: Who is to be measured beside ours.
         settings: How long.
         ours: Backends that can run, the first of which is compared with.
     """
-    shapes, apart = SETS[shapes_name](), shapes_name in APART
+    shapes, apart = shapes_of(shapes_name), shapes_name in APART
     groups = len(shapes) if apart else 1
     result = GpuResult(case.name, shapes_name, dtype_name, groups, len(shapes), elements(shapes))
     # Whatever it was, what has been measured before must not be lost.
@@ -373,7 +373,7 @@ class _Measurement:
                 moved=self._moved if self._same_rule(name) else None,
                 **extra[name],
             )
-        copied = {"bandwidth": bandwidth, "copy_ms": times[COPY][2].tolist(), "copy_moved": self._copy.moved}
+        copied = {"bandwidth": bandwidth, "copy_ms": times[COPY][0].tolist(), "copy_moved": self._copy.moved}
         return replace(result, absent=absent, rounds=rounds, contenders=measured, **copied)
 
     def _same_rule(self, name: str) -> bool:
@@ -393,8 +393,8 @@ class _Measurement:
     def _turn(self, name: str) -> tuple[float, float, float]:
         """Milliseconds of a step by itself, of its host part, and of the device."""
         if name == COPY:
-            device = self._gpu.queued(self._copy.step, 0.0)
-            return device, 0.0, device
+            total, host = self._gpu.alone(self._copy.step)
+            return total, host, self._gpu.queued(self._copy.step, host)
         step = self._contenders.optimizers[name].step
         self._contenders.prepare(name)
         total, host = self._gpu.alone(step)

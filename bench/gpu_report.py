@@ -134,7 +134,7 @@ def as_json(results: Iterable[GpuResult]) -> dict[str, Any]:
 
 
 def measurement(result: GpuResult) -> Measurement:
-    """A result in the form that all cases share. Its milliseconds are those of a step by itself."""
+    """A result in the form that all cases share. Its milliseconds are those of a step, and of a copy, by itself."""
     found = Measurement(
         "optimizer",
         result.optimizer,
@@ -143,13 +143,13 @@ def measurement(result: GpuResult) -> Measurement:
         result.tensors,
         result.elements,
         result.skipped,
-        "; ".join(f"{name}: {reason}" for name, reason in result.red.items()) or None,
-        result.absent,
+        absent=dict(result.absent),
     )
     for name, contender in result.contenders.items():
         role = OWN if name.startswith(OURS) else SCALE if name == ADAMW else RIVAL
         measured = Contender(role, [contender.samples], checked(name), contender.moved)
         found.contenders[name] = measured
+    found.refuse(result.red)
     if result.copy_ms:
         found.contenders[COPY] = Contender(MEASURE, [result.copy_ms], moved=result.copy_moved)
     return found

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from pathlib import Path
 from time import perf_counter, perf_counter_ns
-from typing import Any, TextIO
+from types import MappingProxyType
+from typing import Any
 
 import click
 import numpy as np
@@ -20,7 +22,7 @@ from torch import Tensor
 
 import stepladder as sl
 from stepladder import backends
-from stepladder.bench import gpu, gpu_report, report
+from stepladder.bench import gpu, gpu_report, output, report
 from stepladder.bench.measure import no_collection, wanted
 from stepladder.bench.measurement import Quantiles
 from stepladder.coefficients import SETS
@@ -82,7 +84,7 @@ class OnGpu:
     """
 
     def __init__(self, clock: gpu.Gpu, names: Sequence[str]) -> None:
-        self.clock = self._clock = clock
+        self.clock = clock
         self.device = clock.device
         self.unit = str(self.device)
         self.ours: Mapping[str, str | None] = {f"{OURS}-{name}": name for name in names}
@@ -93,10 +95,30 @@ class OnGpu:
         return backend or self.unit
 
     def milliseconds(self, run: Callable[[], Any], repeats: int) -> float:
-        return self._clock.alone(run)[0]
+        return self.clock.alone(run)[0]
 
 
 Machine = Cpu | OnGpu
+
+
+def machine_on(device: str, console: Console) -> tuple[Machine, dict[str, Any]]:
+    """Who measures on "cpu" or "cuda", and what is known of it, which is shown.
+
+    Raises:
+        click.ClickException: No backend of ours can run on a GPU here.
+    """
+    if device == "cpu":
+        facts = report.machine()
+        console.print(report.header(facts), highlight=False)
+        return Cpu(), facts
+    names, missing = gpu.available(backends.ON_GPU)
+    if not names:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise click.ClickException(f"no measurement on a GPU here. {reasons}")
+    machine = OnGpu(gpu.Gpu(), names)
+    facts = gpu_report.machine(machine.clock)
+    console.print(gpu_report.header(facts), highlight=False)
+    return machine, facts
 
 
 @dataclass
@@ -210,8 +232,22 @@ def measure_muon(machine: Machine, shapes: Sequence[tuple[int, int]], name: str,
     return timed(row, machine, steps, seconds)
 
 
-def timed(row: Row, machine: Machine, contenders: Mapping[str, Callable[[], Any]], seconds: float) -> Row:
-    """Time contenders in turns, in a new random order each round; small ones several times a turn."""
+def timed(
+    row: Row,
+    machine: Machine,
+    contenders: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    counted: Mapping[str, float] = MappingProxyType({}),
+) -> Row:
+    """Time contenders in turns, in a new random order each round; small ones several times a turn.
+
+    Args:
+        row: What was found by the checks; to be filled.
+        machine: Where.
+        contenders: By name, ours first.
+        seconds: For the rounds.
+        counted: As how many turns one of a contender counts, where that is not one.
+    """
     first = next(iter(contenders))
     if first not in row.errors:
         return row
@@ -227,7 +263,7 @@ def timed(row: Row, machine: Machine, contenders: Mapping[str, Callable[[], Any]
         while wanted(row.rounds, 15, perf_counter() - begin, seconds):
             shuffle(order)
             for name in order:
-                times[name].append(machine.milliseconds(contenders[name], repeats))
+                times[name].append(counted.get(name, 1.0) * machine.milliseconds(contenders[name], repeats))
             row.rounds += 1
     arrays = {name: np.array(values) for name, values in times.items()}
     row.samples = times
@@ -296,7 +332,7 @@ def geometric_mean(rows: Sequence[Row]) -> float:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where.")
 @click.option("--muon/--no-muon", default=True, help="The step of GPT-2 124M's matrices, too.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=1.0, show_default=True, help="For a case's rounds.")
-@click.option("--csv", "csv_file", type=click.File("w", atomic=True), help="Write a row for each case.")
+@output.option("--csv", "Write a row for each case.")
 def bench_matrices(
     sides: tuple[int, ...],
     aspects: tuple[float, ...],
@@ -306,7 +342,7 @@ def bench_matrices(
     device: str,
     muon: bool,
     seconds: float,
-    csv_file: TextIO | None,
+    csv_file: Path | None,
 ) -> None:
     """Measure Newton-Schulz iterations and Muon's step against torch's own.
 
@@ -318,19 +354,7 @@ def bench_matrices(
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    machine: Machine
-    if device == "cuda":
-        names, missing = gpu.available(backends.ON_GPU)
-        if not names:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-            raise click.ClickException(f"no measurement on a GPU here. {reasons}")
-        machine = OnGpu(gpu.Gpu(), names)
-        facts = gpu_report.machine(machine._clock)
-        console.print(gpu_report.header(facts), highlight=False)
-    else:
-        machine = Cpu()
-        facts = report.machine()
-        console.print(report.header(facts), highlight=False)
+    machine, facts = machine_on(device, console)
     rows: list[Row] = []
     interrupted = False
     methods = (STANDARD, GRAM) if forms else (method,)
@@ -344,7 +368,8 @@ def bench_matrices(
     console.print(table(rows, machine.unit))
     console.print(f"geometric mean of torch's ratios: {geometric_mean(rows):.2f}")
     if csv_file:
-        report.write_rows(csv_file, facts, COLUMNS, [r for row in rows for r in csv_rows(row, machine.unit)])
+        written = [r for row in rows for r in csv_rows(row, machine.unit)]
+        output.replace(csv_file, "w", lambda file: report.write_rows(file, facts, COLUMNS, written))
     if interrupted:
         raise click.Abort
     if any(row.red for row in rows):

@@ -147,7 +147,7 @@ class Contenders:
     def step(self, name: str) -> float:
         """One step; returns what it took, in milliseconds."""
         self.prepare(name)
-        return _timed(self.optimizers[name].step)
+        return milliseconds(self.optimizers[name].step)
 
     def sizes(self) -> tuple[int, int]:
         """Bytes that our step must move, and bytes that it touches.
@@ -176,7 +176,7 @@ class Yardstick:
         self.moved = 12 * n
 
     def step(self) -> float:
-        return _timed(lambda: self._a.add_(self._b, alpha=LEARNING_RATE))
+        return milliseconds(lambda: self._a.add_(self._b, alpha=LEARNING_RATE))
 
 
 def measure(
@@ -273,7 +273,7 @@ def _host(contenders: Contenders, steps: int) -> Milliseconds:
     return np.array(outside)
 
 
-def _timed(function: Callable[[], Any]) -> float:
+def milliseconds(function: Callable[[], Any]) -> float:
     begin = perf_counter_ns()
     function()
     return (perf_counter_ns() - begin) / 1e6

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 OURS = "stepladder"
+# So begins why one of ours has no number whose check failed.
+RED = "the check is RED"
 YARDSTICK = "a += b"
 # What a contender is: ours; another form of the same rule or function; another rule, for scale; a copy or the like.
 ROLES = OWN, RIVAL, SCALE, MEASURE = "ours", "rival", "scale", "yardstick"
@@ -89,8 +91,9 @@ class Measurement:
         tensors: How many the set has.
         elements: How many they have together.
         skipped: Why it was not run; there are no contenders then.
-        red: How the check of ours failed; it has no number then.
-        absent: Rivals that have no number, and why.
+        red: How the check of ours failed; there are no contenders then.
+        absent: Those that have no number, and why: rivals, and backends of ours that are RED beside others that
+            are not.
         writers: Rivals whose step changes the gradients: they get fresh ones.
         contenders: By name, ours first.
     """
@@ -120,6 +123,21 @@ class Measurement:
     def ours(self) -> str | None:
         """The first contender of ours, with which the others are compared."""
         return next((name for name, c in self.contenders.items() if c.role == OWN), None)
+
+    def refuse(self, red: Mapping[str, str]) -> None:
+        """Take in which contenders of ours failed the check, and how; those with a number must be there already."""
+        if self.ours:
+            self.absent |= {name: f"{RED}: {reason}" for name, reason in red.items()}
+        elif red:
+            self.red = "; ".join(f"{name}: {reason}" for name, reason in red.items())
+            self.contenders = {}
+
+    @property
+    def failures(self) -> list[str]:
+        """The checks of ours that failed, in a line each."""
+        if self.red:
+            return [f"{self.label}: {RED}"]
+        return [f"{self.label}, {name}: {RED}" for name, reason in self.absent.items() if reason.startswith(RED)]
 
     @property
     def processes(self) -> int:

@@ -6,8 +6,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from time import perf_counter, perf_counter_ns
-from typing import Any, TextIO
+from typing import Any
 
 import click
 import numpy as np
@@ -17,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 import stepladder as sl
-from stepladder.bench import report
+from stepladder.bench import output, report
 from stepladder.bench.matrices import gpt2_matrices
 from stepladder.bench.measure import no_collection, wanted
 from stepladder.bench.measurement import Quantiles
@@ -200,9 +201,9 @@ def table(rows: Sequence[Row]) -> Table:
 @click.option("--layers", type=click.IntRange(min=1), default=12, show_default=True, help="Of GPT-2's 12.")
 @click.option("--width", type=click.IntRange(min=8), default=768, show_default=True, help="Of GPT-2 124M: 768.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=60.0, show_default=True, help="For a case's cycles.")
-@click.option("--csv", "csv_file", type=click.File("w", atomic=True), help="Write a row for each contender.")
+@output.option("--csv", "Write a row for each contender.")
 def bench_preconditioners(
-    families: tuple[str, ...], layers: int, width: int, seconds: float, csv_file: TextIO | None
+    families: tuple[str, ...], layers: int, width: int, seconds: float, csv_file: Path | None
 ) -> None:
     """Measure steps of Shampoo and SOAP on the CPU, on the hidden matrices of GPT-2.
 
@@ -227,7 +228,8 @@ def bench_preconditioners(
         interrupted = True
     console.print(table(rows))
     if csv_file:
-        report.write_rows(csv_file, facts, COLUMNS, [r for row in rows for r in csv_rows(row)])
+        written = [r for row in rows for r in csv_rows(row)]
+        output.replace(csv_file, "w", lambda file: report.write_rows(file, facts, COLUMNS, written))
     if interrupted:
         raise click.Abort
     if any(row.red for row in rows):

@@ -57,6 +57,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """In what two machines, or what was built there, differ, so that figures of one are none of the other's."""
+    keys = ("device", "threads", "kernels", "stepladder", "torch")
+    return next((key for key in keys if then.get(key) != now.get(key)), None)
+
+
 def header(facts: Mapping[str, Any]) -> str:
     """The machine in a line; facts that are not known are left out."""
     device = str(facts.get("device", "an unknown machine"))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepladder.bench.cases import CASES, Case
-from stepladder.bench.measure import YARDSTICK_MOST, Yardstick
-from stepladder.bench.workload import make_parameters
+from stepladder.bench.measure import YARDSTICK_MOST, Yardstick, milliseconds
+from stepladder.bench.workload import Source, make_parameters
 
 # What the reference of an element-wise rule computes with; comparisons and copies are not counted.
 ARITHMETIC = frozenset(
@@ -20,8 +18,10 @@ ARITHMETIC = frozenset(
 )
 # What `ceilings` measures.
 CEILINGS = ("gb_per_s", "gflops")
-SIDE = 2048
 TRIES = 3
+PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+# Side of the product that the matrix rate is measured by.
+SIDE = 2048
 
 
 class _Count(TorchDispatchMode):
@@ -62,20 +62,31 @@ def ceilings() -> dict[str, float]:
     Returns:
         gb_per_s, of `a += b` over half a GiB; gflops, of a product of fp32 matrices.
     """
-    yardstick = Yardstick(YARDSTICK_MOST)
-    a, b = (torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)) for _ in range(2))
-    return {
-        "gb_per_s": yardstick.moved / 1e9 / _best(yardstick.step),
-        "gflops": 2.0 * SIDE**3 / 1e9 / _best(lambda: a @ b),
-    }
+    yardstick, product = Yardstick(YARDSTICK_MOST), Product("fp32", torch.device("cpu"))
+    added, multiplied = (min([step() for _ in range(1 + TRIES)][1:]) for step in (yardstick.step, product.timed))
+    return {"gb_per_s": yardstick.moved / 1e6 / added, "gflops": 1e3 * product.rate(multiplied)}
 
 
-def _best(function: Callable[[], Any]) -> float:
-    """Seconds of the fastest call."""
-    function()
-    times = []
-    for _ in range(TRIES):
-        begin = perf_counter()
-        function()
-        times.append(perf_counter() - begin)
-    return min(times)
+class Product:
+    """A large product by torch.
+
+    Args:
+        precision: One of PRECISIONS.
+        device: Where.
+    """
+
+    def __init__(self, precision: str, device: torch.device) -> None:
+        source = Source(device)
+        self._a, self._b = (source.tensor((SIDE, SIDE), PRECISIONS[precision]) for _ in range(2))
+        self._out = torch.empty_like(self._a)
+
+    def step(self) -> None:
+        torch.mm(self._a, self._b, out=self._out)
+
+    def timed(self) -> float:
+        """Milliseconds of a step on the CPU."""
+        return milliseconds(self.step)
+
+    def rate(self, ms: float) -> float:
+        """TFLOP/s."""
+        return 2.0 * SIDE**3 / ms / 1e9

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -12,10 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stepladder import backends
-from stepladder.bench import gpu, gpu_report, report
-from stepladder.bench.matrices import COLUMNS, Cpu, Machine, OnGpu, Row, csv_rows, timed
-from stepladder.bench.measurement import Quantiles
+from stepladder.bench import output, report
+from stepladder.bench.matrices import COLUMNS, Machine, Row, csv_rows, machine_on, timed
 from stepladder.bench.soap_step import LAYERS, hidden_matrices, measure_soap
 from stepladder.matrix_root import roots
 from stepladder.orthonormalize import bases
@@ -28,10 +27,10 @@ ROOT_LIMIT, BASIS_LIMIT = 1e-3, 1e-5
 # Matrices and their side: a model's blocks of factors, and many small ones.
 ON_GPU, ON_CPU = ((230, 1024), (1024, 128)), ((4, 1024), (64, 128))
 BASES_ON_GPU, BASES_ON_CPU = ((64, 1024),), ((4, 1024),)
-# On a GPU torch decomposes the matrices of a batch one after another: so many of them are timed, and counted as all.
+# On a GPU torch decomposes the matrices of a batch one after another: one of so many is timed, and they count as all.
 EIGH_PART = 10
-# Roots that the exact ones, by Newton's method in fp64, are compared with by an eigendecomposition; relative.
-COMPARED, EXACT = 8, 1e-8
+# Of the exact roots, by Newton's method in fp64, so many are compared with those by an eigendecomposition.
+COMPARED = 8
 
 
 def spd(count: int, n: int, condition: float, device: torch.device) -> Tensor:
@@ -64,20 +63,18 @@ def measure_roots(machine: Machine, count: int, n: int, p: int, seconds: float) 
         row.errors[name] = worst(ours[name]()[0][0], exact)
     part = EIGH_PART if machine.device.type == "cuda" and count >= EIGH_PART else 1
     rivals = {EIGH: partial(by_eigh, A[: count // part], p)}
-    row = timed(row, machine, {name: run for name, run in ours.items() if name not in row.red} | rivals, seconds)
-    if part > 1 and EIGH in row.ms:
-        scale = count / (count // part)
+    if part > 1:
         row.notes[EIGH] = f"of {count // part}, counted as {count}"
-        for found in (row.ms, row.ratios):
-            found[EIGH] = Quantiles(*(scale * value for value in found[EIGH]))
-    return row
+    green = {name: run for name, run in ours.items() if name not in row.red}
+    return timed(row, machine, green | rivals, seconds, {EIGH: count / (count // part)})
 
 
 def exact_roots(A: Tensor, p: int) -> Tensor:
     """In fp64, all NaN where they are not what an eigendecomposition gives; which takes too long for all of them."""
     exact = newton_roots(A.double(), p, 0.0, 0.0)[0]
     few = [by_eigh(a.double(), p) for a in A[:COMPARED]]
-    if not worst(exact[:COMPARED], torch.stack(few)) <= EXACT:
+    # A decomposition of a matrix of norm 1 moves the eigenvalues by up to n·2⁻⁵², the smallest by κ times that.
+    if not worst(exact[:COMPARED], torch.stack(few)) <= A.shape[-1] * CONDITION * 2.0**-52:
         return torch.full_like(exact, torch.nan)
     return exact
 
@@ -129,9 +126,9 @@ def table(rows: Sequence[Row], unit: str) -> Table:
 @click.option("--layers", type=click.IntRange(min=0, max=LAYERS), default=0, show_default=True,
               help="Steps of SOAP on the hidden matrices of so many of Llama 1B's layers, too.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="For a case's rounds.")
-@click.option("--csv", "csv_file", type=click.File("w", atomic=True), help="Write a row for each contender.")
+@output.option("--csv", "Write a row for each contender.")
 def bench_roots(
-    device: str, batches: tuple[tuple[int, int], ...], layers: int, seconds: float, csv_file: TextIO | None
+    device: str, batches: tuple[tuple[int, int], ...], layers: int, seconds: float, csv_file: Path | None
 ) -> None:
     """Measure inverse fourth roots against torch.linalg.eigh, and bases of SOAP's refresh against torch.linalg.qr.
 
@@ -142,19 +139,7 @@ def bench_roots(
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    machine: Machine
-    if device == "cuda":
-        names, missing = gpu.available(backends.ON_GPU)
-        if not names:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-            raise click.ClickException(f"no measurement on a GPU here. {reasons}")
-        machine = OnGpu(gpu.Gpu(), names)
-        facts = gpu_report.machine(machine._clock)
-        console.print(gpu_report.header(facts), highlight=False)
-    else:
-        machine = Cpu()
-        facts = report.machine()
-        console.print(report.header(facts), highlight=False)
+    machine, facts = machine_on(device, console)
     on_gpu = device == "cuda"
     rows: list[Row] = []
     interrupted = False
@@ -177,7 +162,7 @@ def bench_roots(
             for r in csv_rows(row, str(machine.device))
         ]
         columns.append("note")
-        report.write_rows(csv_file, facts, columns, written)
+        output.replace(csv_file, "w", lambda file: report.write_rows(file, facts, columns, written))
     if interrupted:
         raise click.Abort
     if any(row.red for row in rows):

@@ -45,6 +45,7 @@ class Chosen:
         backends: Ours on a GPU; none on a CPU.
         everything: Where nothing is named, everything.
         quick: Where nothing is named, small sets.
+        fresh_grads: Gradients are reallocated before each step.
     """
 
     subjects: tuple[str, ...]
@@ -54,6 +55,7 @@ class Chosen:
     backends: tuple[str, ...] = ()
     everything: bool = False
     quick: bool = False
+    fresh_grads: bool = False
 
     def specs(self) -> tuple[list[Spec], list[str]]:
         """The cases to be measured, shape set by shape set, and what is left out and why.
@@ -80,6 +82,8 @@ class Chosen:
         reasons: list[str] = []
         if self.backends and subject.cpu_only:
             return [], ["it is measured on a CPU alone"]
+        if self.fresh_grads and subject.name not in CASES:
+            return [], ["--fresh-grads is for the element-wise optimizers"]
         allowed = subject.dtypes
         wanted = self.dtypes or (tuple(DTYPES) if self.everything else DTYPE_NAMES)
         dtypes = [dtype for dtype in wanted if dtype in allowed]

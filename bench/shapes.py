@@ -100,9 +100,11 @@ MATRIX_SETS: dict[str, Callable[[], Shapes]] = {
     "gpt2-layer": lambda: hidden(1),
     "gpt2-hidden": lambda: hidden(12),
 }
-# So many tensors of one shape of two or more dimensions: 16x256x512.
-UNIFORM = re.compile(r"(\d+)((?:x\d+){2,})")
-MOST_ELEMENTS = 2**34
+# What `shapes_of` takes, in words.
+SHAPES = f"{', '.join((*SETS, *MATRIX_SETS))}, or shapes as 768x3072,12*768: one matrix and twelve vectors"
+_ITEM = re.compile(r"\s*(?:(\d+)\s*\*\s*)?(\d+(?:x\d+)*)\s*", re.ASCII)
+# More is a slip of the keyboard.
+MOST_ELEMENTS, MOST_TENSORS = 2**36, 10**6
 
 
 def hidden(layers: int, width: int = 768) -> Shapes:
@@ -110,25 +112,27 @@ def hidden(layers: int, width: int = 768) -> Shapes:
     return [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * layers
 
 
-def shapes_of(name: str) -> Shapes:
-    """The set of this name, or as many tensors of one shape as it says.
+def shapes_of(text: str) -> Shapes:
+    """The set of this name, or shapes such as 768x3072,12*768: sides joined by x, commas between, a count before a *.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is neither, or more than MOST_ELEMENTS or MOST_TENSORS.
     """
-    make = SETS.get(name) or MATRIX_SETS.get(name)
-    if make:
+    if make := SETS.get(text) or MATRIX_SETS.get(text):
         return make()
-    if found := UNIFORM.fullmatch(name):
-        count, shape = int(found[1]), tuple(int(size) for size in found[2].split("x")[1:])
-        total = count * math.prod(shape)
-        if 0 < total <= MOST_ELEMENTS:
-            return [shape] * count
-        raise ValueError(f"{name!r} has {total} elements, expected 1 to {MOST_ELEMENTS}")
-    raise ValueError(
-        f"{name!r} is no set of shapes, expected one of {', '.join((*SETS, *MATRIX_SETS))}, or a number of tensors of "
-        "one shape, as 16x256x512"
-    )
+    shapes: Shapes = []
+    total = 0
+    for item in text.split(","):
+        found = _ITEM.fullmatch(item)
+        sides = tuple(map(int, found[2].split("x"))) if found else ()
+        count = int(found[1] or 1) if found else 0
+        if not count or 0 in sides:
+            raise ValueError(f"{item.strip()!r} is no set and no shape, expected {SHAPES}")
+        total += count * math.prod(sides)
+        if total > MOST_ELEMENTS or len(shapes) + count > MOST_TENSORS:
+            raise ValueError(f"{text!r} is more than {MOST_TENSORS} tensors or {MOST_ELEMENTS} elements")
+        shapes += [sides] * count
+    return shapes
 
 
 def elements(shapes: Shapes) -> int:

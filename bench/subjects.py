@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-import stepladder as sl
 from stepladder.bench import gpu, gpu_report, matrices, preconditioners, results, roots
-from stepladder.bench.cases import CASES, DTYPES, Case
+from stepladder.bench.cases import CASES, DTYPES, MATRIX_OPTIMIZERS, Case
 from stepladder.bench.matrices import Machine, OnGpu, Row, timed
 from stepladder.bench.measure import Settings, state_bytes
 from stepladder.bench.measurement import OURS, OWN, RIVAL, SCALE, Contender, Measurement
@@ -106,9 +105,8 @@ def _of_rows(
             if role != SCALE:
                 measured.flops, measured.moved = flops, moved(shapes) if moved else None
             result.contenders[contender] = measured
-        if row.red:
-            wrong = ", ".join(f"{error:.2g}" for error in errors.values())
-            result.red, result.contenders = f"relative error {wrong}, above its limit", {}
+        wrong = (row.red if isinstance(row, Row) else errors) if row.red else ()
+        result.refuse({contender: f"relative error {errors[contender]:.2g}, above its limit" for contender in wrong})
         return result
 
     return Subject(kind, name, tuple(sets), ("fp32",), measure, misfit, cpu_only)
@@ -124,11 +122,11 @@ ANOTHER = "(another rule)"
 
 def _matrices(shapes: Shapes) -> str | None:
     odd = next((shape for shape in shapes if len(shape) != 2), None)
-    return None if odd is None else f"it takes matrices, and a tensor there is {'x'.join(map(str, odd))}"
+    return None if odd is None else f"it takes matrices, as 16*256x512, and a tensor there is {'x'.join(map(str, odd))}"
 
 
 def _alike(shapes: Shapes) -> str | None:
-    return _matrices(shapes) or ("it takes matrices of one shape, as 16x256x512" if len(set(shapes)) > 1 else None)
+    return _matrices(shapes) or ("it takes matrices of one shape, as 16*256x512" if len(set(shapes)) > 1 else None)
 
 
 def _square(shapes: Shapes) -> str | None:
@@ -211,21 +209,17 @@ def _missing_preconditioners(family: str) -> dict[str, str]:
 def _all() -> Iterator[Subject]:
     yield from map(_element_wise, CASES.values())
     another = f"torch Muon {ANOTHER}"
-    for name, make, rule in (
-        ("muon", sl.Muon, "torch"),
-        ("normuon", partial(sl.Muon, variant="normuon"), another),
-        ("muonh", sl.MuonH, another),
-    ):
-        run = partial(_muons, make, rule)
+    for name, rule in (("muon", "torch"), ("normuon", another), ("muonh", another)):
+        run = partial(_muons, MATRIX_OPTIMIZERS[name], rule)
         yield _of_rows("optimizer", name, tuple(MATRIX_SETS), run, _matrices)
     for family in ("Shampoo", "SOAP"):
         stepped = partial(_preconditioned, family)
         missing = partial(_missing_preconditioners, family)
-        yield _of_rows("optimizer", family.lower(), ["4x256x256"], stepped, _matrices, missing=missing, cpu_only=True)
-    sizes = ["1x256x1024", "16x256x256", "1x1024x1024"]
+        yield _of_rows("optimizer", family.lower(), ["4*256x256"], stepped, _matrices, missing=missing, cpu_only=True)
+    sizes = ["256x1024", "16*256x256", "1024x1024"]
     yield _of_rows("kernel", "newton_schulz", sizes, _iteration, _alike, _in_and_out)
-    yield _of_rows("kernel", "inverse_root", ["64x128x128", "4x512x512"], _roots, _square, _in_and_out)
-    yield _of_rows("kernel", "orthonormalize", ["64x128x128", "4x512x512"], _bases, _square, _in_and_out)
+    yield _of_rows("kernel", "inverse_root", ["64*128x128", "4*512x512"], _roots, _square, _in_and_out)
+    yield _of_rows("kernel", "orthonormalize", ["64*128x128", "4*512x512"], _bases, _square, _in_and_out)
 
 
 SUBJECTS: Mapping[str, Subject] = MappingProxyType({subject.name: subject for subject in _all()})

@@ -1,6 +1,7 @@
 """What a GPU is held to: each target with what was measured, and whether it was reached.
 
-Knows only the rows that `stepladder bench --device cuda --json` writes, and imports nothing but the standard library.
+Knows only the rows that `stepladder bench --device cuda --json` and `stepladder bench-roots --csv` write, and imports
+nothing but the standard library.
 """
 
 from __future__ import annotations

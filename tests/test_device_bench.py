@@ -142,8 +142,16 @@ def test_a_red_backend_has_no_number_and_the_others_have(monkeypatch):
     assert "differ from the reference" in result.red["stepladder-cpu"]
     assert result.red["stepladder-cuda"] == "RuntimeError: no kernel image"
     assert list(result.contenders) == ["stepladder-reference", "loop", "fused"]
+    common = gpu_report.measurement(result)
+    assert (common.red, common.ours) == (None, "stepladder-reference")
+    assert common.absent["stepladder-cuda"] == "the check is RED: RuntimeError: no kernel image"
+    assert len(common.failures) == 2
     alone = measured(ours=("cpu",))
     assert alone.contenders == {}
+    common = gpu_report.measurement(alone)
+    assert common.red is not None
+    assert common.red.startswith("stepladder-cpu: ")
+    assert common.failures == ["adamw fp32 1000x768: the check is RED"]
 
 
 def test_an_error_loses_no_other_case(monkeypatch):
@@ -309,9 +317,9 @@ def test_measuring_processes_know_the_gpu(monkeypatch):
     ours = ("cpu", "reference")
     step = processes.measure(processes.Spec("adamw", "1000x768", "fp32", ("fused",), ours), QUICK)
     assert [contender.role for contender in step.contenders.values()] == ["ours", "ours", "rival", "yardstick"]
-    kernel = processes.measure(processes.Spec("newton_schulz", "2x20x30", "fp32", (), ours), QUICK)
+    kernel = processes.measure(processes.Spec("newton_schulz", "2*20x30", "fp32", (), ours), QUICK)
     assert list(kernel.contenders) == ["stepladder-cpu", "stepladder-reference", "torch", "torch compiled"]
-    muon = processes.measure(processes.Spec("muon", "2x20x30", "fp32", (), ours), QUICK)
+    muon = processes.measure(processes.Spec("muon", "2*20x30", "fp32", (), ours), QUICK)
     assert [contender.role for contender in muon.contenders.values()] == ["ours", "ours", "rival"]
     processes.machine_of.cache_clear()
 
@@ -394,10 +402,10 @@ def test_roots_and_steps_of_the_command_are_those_of_the_targets(monkeypatch, tm
         def __init__(self, clock, names):
             super().__init__()
 
-    monkeypatch.setattr(roots.gpu, "available", lambda names: (["cuda"], {}))
-    monkeypatch.setattr(roots.gpu, "Gpu", lambda: None)
-    monkeypatch.setattr(roots, "OnGpu", Fake)
-    Fake._clock = None
+    monkeypatch.setattr(gpu, "available", lambda names: (["cuda"], {}))
+    monkeypatch.setattr(gpu, "Gpu", lambda: None)
+    monkeypatch.setattr(matrices, "OnGpu", Fake)
+    Fake.clock = None
     monkeypatch.setattr(gpu_report, "machine", lambda gpu: FACTS)
     monkeypatch.setattr(gpu_report, "header", lambda facts: "a machine")
 
@@ -420,6 +428,14 @@ def test_roots_and_steps_of_the_command_are_those_of_the_targets(monkeypatch, tm
         rows = list(csv.DictReader(stream))
     assert all(v.reached is not None for v in targets.root_verdicts(rows)), done.output
     assert {row["check"] for row in rows if row["contender"] == targets.OURS} == {report.GREEN}
+
+
+def test_a_part_counts_as_the_whole_in_every_figure(monkeypatch):
+    monkeypatch.setattr(matrices.Cpu, "milliseconds", lambda self, run, repeats: 2.0)
+    row = matrices.Row("parts", errors={"stepladder": 0.0})
+    row = matrices.timed(row, matrices.Cpu(), {"stepladder": int, "eigh": int}, 0.0, {"eigh": 8.0})
+    assert row.samples == {"stepladder": [2.0] * row.rounds, "eigh": [16.0] * row.rounds}
+    assert (row.ms["eigh"].median, row.ratios["eigh"].median) == (16.0, 8.0)
 
 
 def test_a_step_that_is_wrong_is_not_timed(monkeypatch):

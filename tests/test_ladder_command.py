@@ -15,7 +15,8 @@ import torch
 from click.testing import CliRunner
 from race_cases import made_results, skip_without, skip_without_plots
 
-from stepladder.bench.ladder import cli, pictures, race, tasks, workers
+from stepladder.bench import output
+from stepladder.bench.ladder import cli, race, tasks, workers
 from stepladder.bench.ladder.contenders import CONTENDERS
 from stepladder.bench.ladder.race import Heat, Setting, from_json
 from stepladder.cli import main
@@ -176,7 +177,7 @@ def test_refusals_before_any_work(arguments, message, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("flag", "package"), [("--png", "matplotlib"), ("--html", "plotly")])
 def test_missing_packages(flag, package, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    monkeypatch.setattr(output, "find_spec", lambda name: None)
     result = invoke(flag, tmp_path / "file")
     assert result.exit_code == 2
     assert f"needs {package}, which is not installed: pip install 'stepladder[plot]'" in result.output

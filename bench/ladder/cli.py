@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from stepladder.bench import report
+from stepladder.bench import output, report
 from stepladder.bench.ladder import pictures
 from stepladder.bench.ladder.contenders import CONTENDERS, PRESETS, Contender, Preset
 from stepladder.bench.ladder.race import Results, Setting, Standing, as_json, from_json, start
@@ -33,26 +32,6 @@ from stepladder.bench.ladder.workers import run_all
 WIDTH = 120
 # Products with larger ones may not be numbers of fp32 any more.
 MOST_RATE = 1e30
-
-
-def _check_output(context: click.Context, parameter: click.Parameter, file: Path | None) -> Path | None:
-    """Refuse a file that could not be written, before hours of work."""
-    if file is None:
-        return None
-    _check_writable(file)
-    package = pictures.missing(str(parameter.name).removesuffix("_file"))
-    if package:
-        raise click.BadParameter(f"needs {package}, which is not installed: pip install 'stepladder[plot]'")
-    return file
-
-
-def _check_writable(file: Path, flag: str | None = None) -> None:
-    """A file is written beside its place first: names longer by that must be possible, and the directory writable."""
-    try:
-        with tempfile.NamedTemporaryFile(prefix=file.name, dir=file.parent):
-            pass
-    except OSError as error:
-        raise click.BadParameter(f"'{file}' cannot be written: {error.strerror}", param_hint=flag) from error
 
 
 def _parse_rates(context: click.Context, parameter: click.Parameter, text: str | None) -> list[float] | None:
@@ -79,11 +58,6 @@ def _load(flag: str, file: Path) -> Results:
         raise click.BadParameter(f"'{file}' cannot be read: {error}", param_hint=f"'{flag}'") from error
 
 
-def _output(flag: str, text: str) -> Callable[[Any], Any]:
-    kind = click.Path(dir_okay=False, writable=True, path_type=Path)
-    return click.option(flag, f"{flag.strip('-')}_file", type=kind, callback=_check_output, help=text)
-
-
 def _input(flag: str, text: str) -> Callable[[Any], Any]:
     kind = click.Path(exists=True, dir_okay=False, path_type=Path)
     return click.option(flag, f"{flag.strip('-')}_file", type=kind, help=text)
@@ -105,10 +79,10 @@ def _input(flag: str, text: str) -> Callable[[Any], Any]:
 @click.option("--steps", type=click.IntRange(min=10), help="Of each run. [default: 4000; with --preset fast, by task]")
 @click.option("--rates", callback=_parse_rates, help="Learning rates in place of every grid, as 0.01,0.03.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes, of one thread each. [default: one for each core]")
-@_output("--json", "Write every run, with its curve, to this file.")
-@_output("--csv", "Write a row for each run, without its curve.")
-@_output("--png", "Draw the curves and the steps to the target.")
-@_output("--html", "Write a page with the curves, a slider through training and a leaderboard.")
+@output.option("--json", "Write every run, with its curve, to this file.")
+@output.option("--csv", "Write a row for each run, without its curve.")
+@output.option("--png", "Draw the curves and the steps to the target.")
+@output.option("--html", "Write a page with the curves, a slider through training and a leaderboard.")
 @_input("--read", "Run nothing: show and draw what --json has written.")
 @_input("--resume", "Run what is missing of the race that --json has written, and write it there, too.")
 def ladder(
@@ -153,7 +127,7 @@ def ladder(
             results = _load("--resume", resume_file)
             _check_machine(resume_file, results.machine, machine)
             if json_file is None:
-                _check_writable(resume_file, "'--resume'")
+                output.check_writable(resume_file, "'--resume'")
                 json_file = resume_file
         else:
             chosen = PRESETS[preset or "fast"]
@@ -193,10 +167,9 @@ def _new(
 
 def _check_machine(file: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """Runs of two machines, or versions, differ in their last digits and do not make one race."""
-    for key in ("device", "kernels", "stepladder", "torch"):
-        if then.get(key) != now[key]:
-            message = f"'{file}' was begun with another {key}: {then.get(key)} there, {now[key]} here"
-            raise click.BadParameter(message, param_hint="'--resume'")
+    if key := report.difference(then, now):
+        message = f"'{file}' was begun with another {key}: {then.get(key)} there, {now[key]} here"
+        raise click.BadParameter(message, param_hint="'--resume'")
 
 
 def _by_default(contender: Contender, preset: Preset, everything: bool) -> bool:
@@ -299,10 +272,7 @@ def _write(
         if write in (pictures.write_png, pictures.write_html) and not drawn:
             click.echo(f"{path} is not written: no rate of any optimizer has finished all of its seeds", err=True)
             continue
-        try:
-            _replace(path, mode, partial(write, results=results))
-        except OSError as error:
-            raise click.ClickException(f"'{path}' cannot be written: {error.strerror}") from error
+        output.replace(path, mode, partial(write, results=results))
         written.append(path)
     return written
 
@@ -318,14 +288,3 @@ def write_csv(file: IO[str], results: Results) -> None:
             lap, best = run.lap, run.lap.rate == standing.best_rate
             values = lap.optimizer, lap.rate, lap.seed, run.final, run.steps_to_target, run.diverged, best
             writer.writerow([*results.machine.values(), *asdict(setting).values(), setting.target, *values])
-
-
-def _replace(path: Path, mode: str, write: Callable[[IO[Any]], None]) -> None:
-    """Write a file beside `path` and then put it there, so that a failure leaves what there was."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            write(file)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -28,14 +27,6 @@ SOFT = (
     "#98df8a",
     "#5254a3",
 )
-# What each kind of file needs.
-NEEDS = {"png": "matplotlib", "html": "plotly"}
-
-
-def missing(kind: str) -> str | None:
-    """The package that a kind of file needs and that is not installed, if any."""
-    package = NEEDS.get(kind)
-    return package if package and find_spec(package) is None else None
 
 
 def color(name: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ import torch
 from rich.console import Console
 
 from stepladder import ranges
-from stepladder.bench import gpu, gpu_report
+from stepladder.bench import gpu, gpu_report, output
 from stepladder.bench import report as bench_report
 from stepladder.bench.cases import CASES, DTYPES
 from stepladder.bench.profile import measure, ncu, report, subjects
 from stepladder.bench.profile.report import Case
 from stepladder.bench.profile.subjects import Subject
 from stepladder.bench.results import RESERVE, gib
-from stepladder.bench.shapes import elements
+from stepladder.bench.shapes import Shapes, elements, shapes_of
 
 # Of a table that is not shown in a terminal, in characters.
 WIDTH = 120
@@ -30,7 +29,13 @@ WARM = 3
 
 
 def profile_case(
-    case: Case, seconds: float, steps: int | None, bare: bool, files: dict[str, Path | None], ncu_file: Path | None
+    case: Case,
+    seconds: float,
+    steps: int | None,
+    bare: bool,
+    json_file: Path | None,
+    trace_file: Path | None,
+    ncu_file: Path | None,
 ) -> None:
     """Profile a case, show it, and write what was asked for.
 
@@ -39,11 +44,10 @@ def profile_case(
         seconds: For the turns.
         steps: In place of that.
         bare: Only step, for another profiler.
-        files: To be written, by what: "json" and "trace".
+        json_file: To be written.
+        trace_file: To be written.
         ncu_file: To be read into the table.
     """
-    for file in files.values():
-        check_directory(file)
     measured = read_ncu(ncu_file) if ncu_file is not None else {}
     if case.threads is not None:
         torch.set_num_threads(case.threads)
@@ -60,7 +64,7 @@ def profile_case(
         if machine is not None:
             result = measure.on_gpu(machine, subject, seconds, steps)
         else:
-            result = measure.on_cpu(subject, seconds, steps, files["trace"] is not None)
+            result = measure.on_cpu(subject, seconds, steps, trace_file is not None)
     facts = gpu_report.machine(machine) if machine is not None else bench_report.machine()
     console = Console()
     if not console.is_terminal:
@@ -68,10 +72,12 @@ def profile_case(
     console.print((gpu_report if on_gpu else bench_report).header(facts), highlight=False)
     console.print(report.tables(case, subject, result, torch.get_num_threads(), measured))
     click.echo("\n" + report.command_lines(case))
-    write(files["json"], lambda file: json.dump(report.as_json(case, subject, result, facts, measured), file, indent=2))
-    if result.trace is not None and files["trace"] is not None:
-        write(files["trace"], lambda file: json.dump(result.trace, file))
-        click.echo(f"\nThe trace is in {files['trace']}: open it at ui.perfetto.dev or chrome://tracing.")
+    if json_file is not None:
+        values = report.as_json(case, subject, result, facts, measured)
+        output.replace(json_file, "w", lambda file: json.dump(values, file, indent=2))
+    if trace_file is not None and result.trace is not None:
+        output.replace(trace_file, "w", lambda file: json.dump(result.trace, file))
+        click.echo(f"\nThe trace is in {trace_file}: open it at ui.perfetto.dev or chrome://tracing.")
     if result.interrupted:
         click.echo("Interrupted: these are the turns that were done.", err=True)
         raise click.Abort
@@ -89,14 +95,14 @@ def make(case: Case) -> Subject:
         click.ClickException: It cannot be made; the message says why.
     """
     try:
-        shapes = subjects.parse_shapes(case.shapes)
+        shapes = shapes_of(case.shapes)
         check_memory(case, shapes)
         return subjects.make(case.name, case.shapes, DTYPES[case.dtype], case.device, case.backend)
     except (ValueError, TypeError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
 
 
-def check_memory(case: Case, shapes: subjects.Shapes) -> None:
+def check_memory(case: Case, shapes: Shapes) -> None:
     """Refuse what would not fit.
 
     Raises:
@@ -111,38 +117,6 @@ def check_memory(case: Case, shapes: subjects.Shapes) -> None:
             f"{case.name} for {case.shapes} in {case.dtype} needs {gib(need)} of memory, {gib(available - RESERVE)} "
             "are free"
         )
-
-
-def check_directory(file: Path | None) -> None:
-    """Refuse a file that could not be written, before anything is measured.
-
-    Raises:
-        click.ClickException: Its directory does not exist or takes no file.
-    """
-    if file is None:
-        return
-    try:
-        if file.is_dir():
-            raise IsADirectoryError(f"{file} is a directory")
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise click.ClickException(f"{file} cannot be written: {error.strerror or error}") from error
-
-
-def write(file: Path | None, dump: Callable[[Any], None]) -> None:
-    """Write a file as a whole, or leave what was there.
-
-    Raises:
-        click.ClickException: It could not be written.
-    """
-    if file is None:
-        return
-    try:
-        with click.open_file(str(file), "w", atomic=True) as stream:
-            dump(stream)
-    except OSError as error:
-        raise click.ClickException(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def read_ncu(file: Path) -> dict[str, ncu.Measured]:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter, perf_counter_ns
-from typing import Any
+from time import perf_counter
 
 import numpy as np
 import torch
 
 from stepladder import ranges
 from stepladder.bench.gpu import COPY, Copy, Gpu
-from stepladder.bench.measure import CACHED, FEWEST_ROUNDS, Yardstick, no_collection
+from stepladder.bench.measure import CACHED, FEWEST_ROUNDS, Yardstick, milliseconds, no_collection
 from stepladder.bench.profile import trace as traces
 from stepladder.bench.profile.clock import Clock, Part, Parts, Record, divide, mean, middle_half
 from stepladder.bench.profile.subjects import Subject
-from stepladder.bench.workload import Source
+from stepladder.bench.roofline import Product
 from stepladder.ranges import Work
 
-PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-# Side of the product that the matrix rate is measured by.
-PRODUCT = 2048
 # Bytes of the least that `a += b` goes over: of less, its time would be that of the call.
 LEAST_ADDED = 2**22
 # Rounds after which that is known well enough: a product takes longer than many a step.
@@ -42,7 +38,7 @@ class Ceilings:
     Attributes:
         memory: In GB/s.
         by: What moved it.
-        products: TFLOP/s of a square product with a side of PRODUCT, by precision.
+        products: TFLOP/s of a square product with a side of roofline.SIDE, by precision.
     """
 
     memory: float
@@ -99,12 +95,12 @@ class Result:
         step_ms: A step with the clock in it.
         kernel_ms: Of it, in kernels.
         host_ms: Of it, elsewhere; on a GPU while the device had nothing to do.
-        unprofiled_ms: A step without the clock, in the median, in the same rounds.
+        unprofiled_ms: A step without the clock, in the median, in the same rounds; None on a GPU, where none has one.
         call_ms: On a GPU, until step() returned.
         kernels: The kernels, longest first.
         host: The parts of the host's work.
         ceilings: Those of the run.
-        each: Of every turn, milliseconds a step: all of it, in kernels, elsewhere.
+        each: Of every turn, those of `step_ms` and so on that were measured in it.
         interrupted: Whether it was ended early.
         trace: Of some further steps.
     """
@@ -119,7 +115,7 @@ class Result:
     kernels: list[Row]
     host: list[Row]
     ceilings: Ceilings
-    each: list[tuple[float, float, float]]
+    each: list[dict[str, float]]
     interrupted: bool = False
     trace: traces.Trace | None = None
 
@@ -134,28 +130,6 @@ def rounds(seconds: float, steps: int | None, cycle: int) -> Iterator[int]:
     while done < fewest or (perf_counter() - begin < seconds and done < MOST_ROUNDS):
         yield done
         done += 1
-
-
-class _Product:
-    """A large product by torch."""
-
-    def __init__(self, precision: str, device: torch.device) -> None:
-        source = Source(device)
-        self._a, self._b = (source.tensor((PRODUCT, PRODUCT), PRECISIONS[precision]) for _ in range(2))
-        self._out = torch.empty_like(self._a)
-
-    def step(self) -> None:
-        torch.mm(self._a, self._b, out=self._out)
-
-    def rate(self, ms: float) -> float:
-        """TFLOP/s."""
-        return 2.0 * PRODUCT**3 / ms / 1e9
-
-
-def _timed(function: Callable[[], Any]) -> float:
-    begin = perf_counter_ns()
-    function()
-    return (perf_counter_ns() - begin) / 1e6
 
 
 def _precisions(parts: Parts) -> set[str]:
@@ -176,7 +150,7 @@ def on_cpu(subject: Subject, seconds: float, steps: int | None, traced: bool) ->
     take = partial(clock.step, subject.title, subject.step)
     # The first cycle makes what steps keep, and says which products there are.
     warm = [divide(take()) for _ in range(subject.cycle)]
-    products = {precision: _Product(precision, device) for precision in sorted(_precisions(mean(warm)))}
+    products = {precision: Product(precision, device) for precision in sorted(_precisions(mean(warm)))}
     yardstick = Yardstick(max(subject.touched, LEAST_ADDED))
     cached = subject.touched <= CACHED
     turns: list[list[Parts]] = []
@@ -192,11 +166,11 @@ def on_cpu(subject: Subject, seconds: float, steps: int | None, traced: bool) ->
                 additions.append(yardstick.step())
                 if done < PRODUCTS:
                     for precision, product in products.items():
-                        rates[precision].append(_timed(product.step))
+                        rates[precision].append(product.timed())
                 if subject.cycle == 1:
                     if cached:
                         subject.step()
-                    plain.append(_timed(subject.step))
+                    plain.append(milliseconds(subject.step))
                 records = [take() for _ in range(subject.cycle)]
                 turns.append([divide(record) for record in records])
         except KeyboardInterrupt:
@@ -228,11 +202,12 @@ def on_cpu(subject: Subject, seconds: float, steps: int | None, traced: bool) ->
     return result
 
 
-def _sums(turn: list[Parts]) -> tuple[float, float, float]:
+def _sums(turn: list[Parts]) -> dict[str, float]:
     """Milliseconds of a step, of its kernels, of the rest."""
     by = 1.0 / len(turn) / 1e6
     tables = [[part.ns for step in turn for part in getattr(step, which).values()] for which in ("kernels", "host")]
-    return sum(step.elapsed for step in turn) * by, sum(tables[0]) * by, sum(tables[1]) * by
+    elapsed = sum(step.elapsed for step in turn) * by
+    return {"step_ms": elapsed, "kernel_ms": sum(tables[0]) * by, "host_ms": sum(tables[1]) * by}
 
 
 def _longest_first(rows: list[Row]) -> list[Row]:
@@ -305,7 +280,7 @@ def on_gpu(gpu: Gpu, subject: Subject, seconds: float, steps: int | None) -> Res
         )
     )
     copy = Copy(subject.touched, gpu.device)
-    products = {precision: _Product(precision, gpu.device) for precision in sorted(_precisions(parts))}
+    products = {precision: Product(precision, gpu.device) for precision in sorted(_precisions(parts))}
     turns: list[tuple[float, float]] = []
     copies: list[float] = []
     rates: dict[str, list[float]] = {precision: [] for precision in products}
@@ -344,12 +319,12 @@ def on_gpu(gpu: Gpu, subject: Subject, seconds: float, steps: int | None) -> Res
         step_ms=step_ms,
         kernel_ms=kernel_ms,
         host_ms=max(step_ms - kernel_ms, 0.0),
-        unprofiled_ms=step_ms,
+        unprofiled_ms=None,
         call_ms=call_ms,
         kernels=kernels,
         host=_longest_first([Row(name, p.calls, p.ns / 1e6, p.ns / 1e6 / step_ms) for name, p in host.items()]),
         ceilings=ceilings,
-        each=[(ms, kernel_ms, max(ms - kernel_ms, 0.0)) for ms, _ in turns],
+        each=[{"step_ms": ms, "call_ms": call} for ms, call in turns],
         interrupted=interrupted,
         trace=trace,
     )
@@ -364,7 +339,7 @@ def _device_rows(
         own = [kernel for kernel in found if kernel.range == where]
         ms = sum(kernel.ms for kernel in own) / steps
         work = parts.kernels[where].work if where in parts.kernels else Work()
-        if where == "update" and not work.bytes:
+        if where == "elementwise":
             work = Work(bytes=moved)
         launches = sum(kernel.launches for kernel in own) / steps
         rates, ceiling = _rates(work, ms * 1e6), _ceiling(work, ms * 1e6, ceilings)

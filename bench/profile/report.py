@@ -13,7 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from stepladder.bench.profile.measure import PRODUCT, Ceilings, Result, Row
+from stepladder.bench import roofline
+from stepladder.bench.profile.measure import Ceilings, Result, Row
 from stepladder.bench.profile.ncu import Measured
 from stepladder.bench.profile.subjects import Subject, counted
 from stepladder.bench.shapes import elements
@@ -177,7 +178,7 @@ def _threads(result: Result) -> Table:
 
 def _ceilings(ceilings: Ceilings) -> list[str]:
     found = [f"ceilings in the same run, by torch: {ceilings.memory:.3g} GB/s of {ceilings.by}"]
-    side = f"{PRODUCT}×{PRODUCT}"
+    side = f"{roofline.SIDE}×{roofline.SIDE}"
     found += [f"{rate:.3g} TFLOP/s of a {side} product in {name}" for name, rate in ceilings.products.items()]
     return [", ".join(found)]
 
@@ -205,7 +206,7 @@ def as_json(
         "host_share": result.host_ms / result.step_ms,
         "kernels": [asdict(row) for row in result.kernels],
         "host": [asdict(row) for row in result.host],
-        "turns": [dict(zip(("step_ms", "kernel_ms", "host_ms"), turn, strict=True)) for turn in result.each],
+        "turns": result.each,
         "ncu": {name: asdict(own) for name, own in measured.items()},
         "commands": commands(case),
         "notes": list(subject.notes),

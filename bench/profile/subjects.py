@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,32 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import stepladder as sl
 from stepladder import ops
-from stepladder.bench.cases import CASES
+from stepladder.bench.cases import CASES, MATRIX_OPTIMIZERS
 from stepladder.bench.measure import LEARNING_RATE
-from stepladder.bench.shapes import APART, SETS, Shape, Shapes
+from stepladder.bench.shapes import APART, Shape, Shapes, shapes_of
 from stepladder.bench.traffic import bytes_per_element
 from stepladder.bench.workload import Source, grouped, make_parameters
 from stepladder.optim.base import Optimizer
 
 # A longer side of more than this many times the shorter one is that of an embedding, which is no matrix to Muon.
 LONGEST_ASPECT = 32
-# Four matrices of one layer of GPT-2, for what takes minutes on all of them.
-LAYER = "768x2304,768x768,768x3072,3072x768"
-MATRIX_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "muon": sl.Muon,
-    "muonh": sl.MuonH,
-    "shampoo": sl.Shampoo,
-    "soap": sl.SOAP,
-}
+# For what takes minutes on all of GPT-2.
+LAYER = "gpt2-layer"
 KERNELS = ("newton_schulz", "inverse_root", "orthonormalize", "update_gram_", "clip_grad_norm_")
 OPTIMIZERS = (*CASES, *MATRIX_OPTIMIZERS)
 NAMES = (*OPTIMIZERS, *KERNELS)
 # What `ALIASES` lists may be said, too.
 ALIASES = {"clip": "clip_grad_norm_", "gram": "update_gram_", "update_gram": "update_gram_"}
-# More is a slip of the keyboard.
-MOST_ELEMENTS, MOST_TENSORS = 2**36, 10**6
 ROOT_EXPONENT, ROOT_DAMPING = 4, 1e-6
 
 
@@ -71,30 +61,6 @@ def default_shapes(name: str) -> str:
     return LAYER if name in ("shampoo", "soap", "inverse_root", "orthonormalize", "update_gram_") else "gpt2"
 
 
-def parse_shapes(text: str) -> Shapes:
-    """A set's name, or shapes such as 768x3072,12*768: sides joined by x, commas between, a count before a *.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    if text in SETS:
-        return SETS[text]()
-    shapes: Shapes = []
-    for item in text.split(","):
-        found = re.fullmatch(r"\s*(?:(\d+)\s*\*\s*)?(\d+(?:x\d+)*)\s*", item)
-        sides = tuple(map(int, found[2].split("x"))) if found else ()
-        count = int(found[1] or 1) if found else 0
-        if count * math.prod(sides) > MOST_ELEMENTS or count > MOST_TENSORS:
-            raise ValueError(f"{item.strip()!r} is more than {MOST_TENSORS} tensors or {MOST_ELEMENTS} elements")
-        if not count or 0 in sides:
-            raise ValueError(
-                f"{item.strip()!r} is neither a shape such as 768x3072 or 12*768x768, with commas between several, nor "
-                f"one of the sets {', '.join(SETS)}"
-            )
-        shapes += [sides] * count
-    return shapes
-
-
 def make(name: str, shapes_name: str, dtype: torch.dtype, device: torch.device | str, backend: str | None) -> Subject:
     """The subject on random data, which no step has touched yet.
 
@@ -103,7 +69,7 @@ def make(name: str, shapes_name: str, dtype: torch.dtype, device: torch.device |
         RuntimeError: The backend cannot run, or the memory does not suffice.
         TypeError: The dtype is not for it.
     """
-    shapes = parse_shapes(shapes_name)
+    shapes = shapes_of(shapes_name)
     if name in KERNELS:
         return _KERNELS[name](shapes, dtype, device, backend)
     if name in CASES:

@@ -213,6 +213,7 @@ void Plan::for_each_chunk(const std::vector<Item>& items, int threads, const cha
   const int64_t n = static_cast<int64_t>(items.size());
   const int used = static_cast<int>(std::min<int64_t>(useful_threads(total_bytes_, threads), n));
   const bool records = recording();
+  if (used <= 1) prologue();
   Region region;
   if (records) {
     region.threads.resize(std::max(used, 1));
@@ -225,8 +226,6 @@ void Plan::for_each_chunk(const std::vector<Item>& items, int threads, const cha
     if (record != nullptr) record->end = monotonic_nanoseconds();
   };
   if (used <= 1) {
-    prologue();
-    if (records) region.begin = monotonic_nanoseconds();
     take_part([&](RegionThread* record) {
       for (int64_t i = 0; i < n; ++i) work(items[i], pass, record, body);
     });

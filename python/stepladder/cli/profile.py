@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from stepladder import backends
+from stepladder.bench import output
 from stepladder.bench.cases import DTYPES
-from stepladder.bench.profile.cli import check_directory, profile_case, write
+from stepladder.bench.profile.cli import profile_case
 from stepladder.bench.profile.report import Case
-from stepladder.bench.profile.subjects import ALIASES, KERNELS, NAMES, OPTIMIZERS, default_shapes, parse_shapes
-from stepladder.bench.shapes import SETS
+from stepladder.bench.profile.subjects import ALIASES, KERNELS, NAMES, OPTIMIZERS, default_shapes
+from stepladder.bench.shapes import SHAPES, shapes_of
 from stepladder.cli import static
 from stepladder.cli.cubins import Cubin, MissingError, cuda_cubins, in_parallel, triton_cubins
 
@@ -32,7 +33,6 @@ DEFAULT_ARCH = "sm_90a"
 WIDTH = 150
 
 
-OUTPUT = click.Path(dir_okay=False, path_type=Path)
 INPUT = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 
 
@@ -83,7 +83,7 @@ def check_arch(context: click.Context, parameter: click.Parameter, archs: tuple[
 def check_shapes(context: click.Context, parameter: click.Parameter, shapes: str | None) -> str | None:
     try:
         if shapes is not None:
-            parse_shapes(shapes)
+            shapes_of(shapes)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
     return shapes
@@ -104,8 +104,7 @@ class Name(click.Choice[str]):
     "--shapes",
     callback=check_shapes,
     metavar="SHAPES",
-    help=f"A set: {', '.join(SETS)}; or shapes such as 768x3072,12*768. [default: gpt2; for what takes minutes on it, "
-    "the matrices of one of its layers]",
+    help=f"{SHAPES}. [default: gpt2; for what takes minutes on it, gpt2-layer]",
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the tensors.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to step.")
@@ -117,9 +116,17 @@ class Name(click.Choice[str]):
 @click.option("--threads", type=click.IntRange(min=1), help="Of torch and of our kernels. [default: torch's choice]")
 @click.option("--seconds", type=click.FloatRange(min=0), default=5.0, show_default=True, help="For the steps.")
 @click.option("--steps", type=click.IntRange(min=1), help="Take so many steps instead.")
-@click.option("--trace", "trace_file", type=OUTPUT, help="Write a trace of a few more steps, for Perfetto or Chrome.")
+@click.option(
+    "--trace",
+    "trace_file",
+    type=output.FILE,
+    callback=output.checked,
+    help="Write a trace of a few more steps, for Perfetto or Chrome.",
+)
 @click.option("--ncu", "ncu_file", type=INPUT, help="Show what this CSV of Nsight Compute says beside the rest.")
-@click.option("--json", "json_file", type=OUTPUT, help="Write everything as JSON to this file.")
+@click.option(
+    "--json", "json_file", type=output.FILE, callback=output.checked, help="Write everything as JSON to this file."
+)
 @click.option(
     "--bare", is_flag=True, help="Only take --steps steps, between cudaProfilerStart and Stop: for nsys and ncu."
 )
@@ -174,18 +181,19 @@ def profile(
             )
         if backend is not None and backend not in SOURCES:
             raise click.UsageError(f"--backend {backend} has no kernels for a GPU, expected {' or '.join(SOURCES)}")
-        check_directory(json_file)
         profile_static(archs, wanted, backend, json_file)
         return
     if others := given & {"archs", "wanted"}:
         raise click.UsageError(f"{_flags(others)} goes with --static alone")
+    if bare and (others := given & {"json_file", "trace_file", "ncu_file", "seconds"}):
+        raise click.UsageError(f"--bare takes steps and says nothing: {_flags(others)} does not go with it")
     if name and optimizer and name != optimizer:
         raise click.UsageError(f"NAME is {name!r} and --optimizer {optimizer!r}: expected one of them")
     chosen = name or optimizer
     if chosen is None:
         raise click.UsageError(f"nothing to profile: expected a NAME, one of {', '.join(NAMES)}; or --static")
     case = Case(chosen, shapes or default_shapes(chosen), dtype, device, backend, threads)
-    profile_case(case, seconds, steps, bare, {"json": json_file, "trace": trace_file}, ncu_file)
+    profile_case(case, seconds, steps, bare, json_file, trace_file, ncu_file)
 
 
 def _flags(names: set[str]) -> str:
@@ -217,7 +225,8 @@ def profile_static(archs: tuple[str, ...], wanted: str, backend: str | None, jso
         "versions": {"stepladder": metadata.version("stepladder")},
         "reports": [asdict(report) for report in reports],
     }
-    write(json_file, lambda file: json.dump(content, file, indent=2))
+    if json_file is not None:
+        output.replace(json_file, "w", lambda file: json.dump(content, file, indent=2))
     if all(report.reason is not None for report in reports):
         raise click.ClickException("no kernels were found")
     if not any(report.kernels for report in reports):

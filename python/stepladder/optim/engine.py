@@ -321,7 +321,7 @@ class Engine:
                 )
             if on_device:
                 assert device is not None
-                with ranges.kernel("update"):
+                with ranges.kernel("elementwise"):
                     self._run_on_device(device[1], found_inf, grad_scale, announce)
                 return
             if found_inf is not None and float(found_inf) != 0.0:
