@@ -44,7 +44,9 @@ def test_updates(shape: tuple[int, ...], dtype: torch.dtype, backend: str):
         check(square, before, g, beta, 1.0 - beta if weight is None else weight)
 
 
-@pytest.mark.skipif(not products.units(), reason="no kernel of ours runs here: they need AVX-512, and a compiler that knows it")
+@pytest.mark.skipif(
+    not products.units(), reason="no kernel of ours runs here: they need AVX-512, and a compiler that knows it"
+)
 def test_the_kernel_and_the_tiles_agree(monkeypatch: pytest.MonkeyPatch):
     g = torch.randn(700, 20)
     before = symmetric((700, 20), torch.float32)

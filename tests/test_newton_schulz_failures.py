@@ -16,7 +16,9 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_an_exception_in_a_task_reaches_the_caller(tmp_path: Path):
-    sources = [CSRC / name for name in ("newton_schulz/cpu_iteration.cpp", "newton_schulz/program.cpp", "common/buffer.cpp")]
+    sources = [
+        CSRC / name for name in ("newton_schulz/cpu_iteration.cpp", "newton_schulz/program.cpp", "common/buffer.cpp")
+    ]
     test = ROOT / "tests" / "newton_schulz" / "failures.cpp"
     program = tmp_path / "failures"
     flags = ["-std=c++17", "-O1", "-fopenmp", f"-I{CSRC}"]

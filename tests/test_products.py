@@ -11,7 +11,9 @@ from torch import Tensor
 
 from stepladder import _C, newton_schulz, products
 
-needs_kernel = pytest.mark.skipif(not products.units(), reason="no kernel of ours runs here: they need AVX-512, and a compiler that knows it")
+needs_kernel = pytest.mark.skipif(
+    not products.units(), reason="no kernel of ours runs here: they need AVX-512, and a compiler that knows it"
+)
 EMULATED = "emulated amx"
 # Around the edges of tiles of 14×32 and 16×16, of panels of 256 and 768, of blocks of 448 and 256.
 SHAPES = (
