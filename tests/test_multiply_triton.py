@@ -92,6 +92,21 @@ def test_layouts(small, launched):
     assert (larger[:, :, 1::2] == 7.0).all()
 
 
+def test_tiles_of_more_rows_than_16_bits_count(module, small):
+    """The last tile of 100 000 of them, whose elements alone there are: the others' addresses are made up."""
+    tile, rows = 16, 1_600_000
+    a, b, out = torch.randn(1, tile, 5), torch.randn(1, 5, 3), torch.zeros(1, tile, 3)
+    words = module._words(a, b, out)
+    before = rows - tile
+    for first, x in ((module.multiply_tiles.LEFT, a), (module.multiply_tiles.OUT, out)):
+        words[:, first.value] -= before * x.stride(1) * x.element_size()
+    words[:, module.multiply_tiles.ROWS.value] = rows
+    tiles = module._tiles(words, tile)
+    assert len({*tiles.tolist()}) == rows // tile
+    module.kernel("float32", "elements", "elements").launch(1, torch.from_numpy(words), torch.from_numpy(tiles[-1:]))
+    assert (out - a @ b).abs().max() <= 2 * 6 * 2.0**-24 * (a.abs() @ b.abs()).max()
+
+
 def test_what_is_not_finite_stays_in_its_rows(small):
     a, b = torch.randn(1, 18, 5), torch.randn(1, 5, 3)
     a[0, 3, 2] = torch.nan

@@ -41,6 +41,21 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@each_class
+def test_nothing_is_done_where_products_could_not_be(cls: Any, monkeypatch: pytest.MonkeyPatch):
+    params = tensors()
+    optimizer = make(cls, params)
+    run(optimizer, range(2))
+    give(params, 2)
+    before = snapshot(optimizer)
+    with monkeypatch.context() as patch:
+        patch.setenv("STEPLADDER_MATRIX_UNIT", "abacus")
+        with pytest.raises(ValueError, match="STEPLADDER_MATRIX_UNIT='abacus' is unknown"):
+            optimizer.step()
+    assert_unchanged(before, snapshot(optimizer))
+    optimizer.step()
+
+
 def tensors(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     return [copy_of(x) for x in normal(SHAPES, dtype, 0)]
 

@@ -242,7 +242,7 @@ def test_staggered_roots_are_spread(f: int, monkeypatch: pytest.MonkeyPatch):
     roots = module.roots
 
     def recorded(stacks: Any, *rest: Any) -> Any:
-        computed[-1] += [a.shape[-1] for a in stacks]
+        computed[-1] += [a.shape[-1] for a in stacks for _ in a]
         return roots(stacks, *rest)
 
     monkeypatch.setattr(module, "roots", recorded)

@@ -96,7 +96,7 @@ def _launch(
     tiles = np.concatenate([index << 32 | lists[side] for index, side in enumerate(sides.tolist())])
     copies, _ = together([words.reshape(-1), tiles, np.array([beta, weight])], 0, device)
     table, tile_list, scalars = copies
-    chosen.launch(len(tiles), table, tile_list, scalars.view(torch.float64), len(words))
+    chosen.launch(len(tiles), table, tile_list, scalars.view(torch.float64))
 
 
 def _lower(side: int) -> np.ndarray:

@@ -50,9 +50,9 @@ def operand(pointers, mask, G: tl.constexpr, INTERPRETED: tl.constexpr):
         return x
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def update(
-    words, tiles, scalars, count,
+    words, tiles, scalars,
     T: tl.constexpr, G: tl.constexpr, BY: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip

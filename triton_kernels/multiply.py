@@ -74,16 +74,17 @@ def _launch(chosen: Kernel, products: list[tuple[Tensor, Tensor, Tensor]], tile:
     words = np.concatenate([_words(*product) for product in products])
     # The longest sums begin.
     words = words[np.argsort(-words[:, multiply_tiles.DEPTH_OF.value], kind="stable")]
-    sizes = -(-words[:, multiply_tiles.ROWS.value : multiply_tiles.COLUMNS.value + 1] // tile)
-    grids = {size: _grid(*size) for size in {*map(tuple, sizes.tolist())}}
-    tiles = np.concatenate([index << 32 | grids[size] for index, size in enumerate(map(tuple, sizes.tolist()))])
-    (table, tile_list), _ = together([words.reshape(-1), tiles], 0, device)
-    chosen.launch(len(tiles), table, tile_list, len(words))
+    (table, tile_list), _ = together([words.reshape(-1), _tiles(words, tile)], 0, device)
+    chosen.launch(len(tile_list), table, tile_list)
 
 
-def _grid(rows: int, columns: int) -> np.ndarray:
-    places: np.ndarray = (np.arange(rows)[:, None] << 16 | np.arange(columns)).reshape(-1)
-    return places
+def _tiles(words: np.ndarray, tile: int) -> np.ndarray:
+    """The tiles of all products: a word has the product's index above 32 bits, its tile's below."""
+    rows, columns = (-(-words[:, word.value] // tile) for word in (multiply_tiles.ROWS, multiply_tiles.COLUMNS))
+    counts = rows * columns
+    index = np.repeat(np.arange(len(words)), counts)
+    tiles: np.ndarray = index << 32 | np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return tiles
 
 
 def _words(left: Tensor, right: Tensor, out: Tensor) -> np.ndarray:

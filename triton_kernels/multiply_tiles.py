@@ -40,14 +40,15 @@ def multiple(size, ALIGNED: tl.constexpr):
 
 @triton.jit
 def multiply(
-    words, tiles, count,
+    words, tiles,
     T: tl.constexpr, LEFT_BY: tl.constexpr, RIGHT_BY: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program."""
+    """One tile a program: which matrix's, and which of its tiles, row after row of them."""
     tile = tl.load(tiles + tl.program_id(0))
     matrix = words + (tile >> 32) * WORDS
-    row = ((tile >> 16) & 0xFFFF) * TILE + tl.arange(0, TILE)
-    column = (tile & 0xFFFF) * TILE + tl.arange(0, TILE)
+    place, across = tile & 0xFFFFFFFF, tl.cdiv(tl.load(matrix + COLUMNS), TILE)
+    row = place // across * TILE + tl.arange(0, TILE)
+    column = place % across * TILE + tl.arange(0, TILE)
     k = tl.arange(0, DEPTH)
     rows = multiple(tl.load(matrix + ROWS), LEFT_BY == BY_COLUMNS)
     columns = multiple(tl.load(matrix + COLUMNS), RIGHT_BY == BY_ROWS)

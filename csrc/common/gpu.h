@@ -38,18 +38,19 @@ using std::min;
 namespace stepladder {
 namespace gpu {
 
-// A kernel as the host sees it.
+// A kernel as the host sees it; bytes of dynamic shared memory of a block.
 template <class Arguments>
-Kernel kernel(const char* name, int threads, void (*function)(Arguments)) {
+Kernel kernel(const char* name, int threads, void (*function)(Arguments), int64_t shared_bytes = 0) {
   using Plain = std::remove_cv_t<std::remove_reference_t<Arguments>>;
 #if defined(__CUDACC__)
-  return {name, threads, sizeof(Plain), reinterpret_cast<const void*>(function), nullptr};
+  const Kernel::Call call = nullptr;
 #else
-  return {
-      name, threads, sizeof(Plain), reinterpret_cast<const void*>(function), [](const void* f, const void* arguments) {
-        reinterpret_cast<void (*)(Arguments)>(reinterpret_cast<uintptr_t>(f))(*static_cast<const Plain*>(arguments));
-      }};
+  const Kernel::Call call = [](const void* f, const void* arguments) {
+    reinterpret_cast<void (*)(Arguments)>(reinterpret_cast<uintptr_t>(f))(*static_cast<const Plain*>(arguments));
+  };
 #endif
+  const auto* const address = reinterpret_cast<const void*>(function);
+  return {name, threads, sizeof(Plain), address, call, static_cast<size_t>(shared_bytes)};
 }
 
 // threadIdx.x, read anew each time: what is computed from it need not be kept in registers meanwhile.

@@ -21,13 +21,14 @@ struct Device {
 std::vector<Device> devices(std::string* reason);
 
 struct Kernel {
+  using Call = void (*)(const void* function, const void* arguments);
   const char* name;
   int threads;  // of a block
   size_t argument_bytes;
   const void* function;
-  void (*call)(const void* function, const void* arguments);  // the emulator's; null under CUDA
-  size_t shared_bytes = 0;                                    // dynamic shared memory of a block
-  int cluster = 1;                                            // blocks that run together, from sm_90 on
+  Call call;                // the emulator's; null under CUDA
+  size_t shared_bytes = 0;  // dynamic shared memory of a block
+  int cluster = 1;          // blocks that run together, from sm_90 on
 };
 
 using Stream = void*;

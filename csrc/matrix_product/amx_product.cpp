@@ -16,10 +16,6 @@
 #include "common/dtype.h"
 #include "matrix_product/product.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace stepladder::matrix_product {
 
 namespace amx {
@@ -277,14 +273,6 @@ void multiply_task(const Product& p, const Vectors& b, int64_t d, int64_t depth,
     }
   }
   updates.advance(0, 1);
-}
-
-int this_thread() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
 }
 
 }  // namespace

@@ -3,10 +3,9 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <memory>
-#include <vector>
 
 #include "common/avx512.h"
+#include "common/buffer.h"
 #include "matrix_product/product.h"
 
 namespace stepladder::matrix_product::avx512 {
@@ -17,14 +16,6 @@ constexpr int kRows = 14, kColumns = 32;   // of a tile: 28 registers of sums, t
 constexpr int64_t kDepth = 256;            // a panel of B of 32 KiB, which passes through L1 once for a block of A
 constexpr int64_t kBlock = 32 * kRows;     // rows of A that are packed at a time
 constexpr int64_t kWidth = 96 * kColumns;  // columns of B that are packed at a time
-
-struct Free {
-  void operator()(float* p) const { operator delete[](p, std::align_val_t{64}); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-Buffer buffer(int64_t count) {
-  return Buffer(static_cast<float*>(operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t{64})));
-}
 
 int64_t whole(int64_t size, int64_t part) { return (size + part - 1) / part * part; }
 
@@ -105,10 +96,7 @@ void add_tile(const float* a, const float* b, int64_t depth, float* c, int64_t s
 }
 
 // Columns [begin, end) of the product, all of which one thread computes.
-void multiply_columns(const Product& p, int64_t begin, int64_t end) {
-  const int64_t depth = std::min(kDepth, p.k);
-  const Buffer packed_a = buffer(whole(std::min(kBlock, p.m), kRows) * depth);
-  const Buffer packed_b = buffer(whole(std::min(kWidth, end - begin), kColumns) * depth);
+void multiply_columns(const Product& p, int64_t begin, int64_t end, float* packed_a, float* packed_b) {
   for (int64_t j = begin; j < end; j += kWidth) {
     const int64_t width = std::min(kWidth, end - j);
     const int64_t top = p.symmetric ? j / kRows * kRows : 0;  // what is above is above the diagonal
@@ -116,17 +104,17 @@ void multiply_columns(const Product& p, int64_t begin, int64_t end) {
       const int64_t deep = std::min(kDepth, p.k - d);
       const Update update{p.alpha, d == 0 ? p.beta : 1.0f};
       pack<kColumns>(p.b.data + d * p.b.row_stride + j * p.b.col_stride, p.b.col_stride, p.b.row_stride, width, deep,
-                     packed_b.get());
+                     packed_b);
       for (int64_t i = top; i < p.m; i += kBlock) {
         const int64_t height = std::min(kBlock, p.m - i);
         pack<kRows>(p.a.data + i * p.a.row_stride + d * p.a.col_stride, p.a.row_stride, p.a.col_stride, height, deep,
-                    packed_a.get());
+                    packed_a);
         for (int64_t c = 0; c < width; c += kColumns) {
           for (int64_t r = 0; r < height; r += kRows) {
             if (p.symmetric && i + r + kRows <= j + c) continue;
-            add_tile(packed_a.get() + r * deep, packed_b.get() + c * deep, deep,
-                     p.c.data + (i + r) * p.c.row_stride + j + c, p.c.row_stride, std::min<int64_t>(kRows, height - r),
-                     std::min<int64_t>(kColumns, width - c), update);
+            add_tile(packed_a + r * deep, packed_b + c * deep, deep, p.c.data + (i + r) * p.c.row_stride + j + c,
+                     p.c.row_stride, std::min<int64_t>(kRows, height - r), std::min<int64_t>(kColumns, width - c),
+                     update);
           }
         }
       }
@@ -141,8 +129,17 @@ void multiply(const Product& p, int threads) {
   const int64_t parts = threads == 1 ? 1 : p.symmetric ? 4 * threads : threads;
   const int64_t part = std::max<int64_t>(kColumns, whole((p.n + parts - 1) / parts, kColumns));
   const int64_t count = (p.n + part - 1) / part;
+  // Taken before the threads begin, out of which no exception may come. What is read by 64 bytes stands first.
+  const int64_t depth = std::min(kDepth, p.k), room_b = whole(std::min(kWidth, part), kColumns) * depth;
+  const int64_t room = whole(room_b + whole(std::min(kBlock, p.m), kRows) * depth, 16);
+  static thread_local Buffer buffer;  // of the caller
+  float* const packed =
+      reinterpret_cast<float*>(buffer.at_least(static_cast<size_t>((count > 1 ? threads : 1) * room) * sizeof(float)));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && count > 1)
-  for (int64_t t = 0; t < count; ++t) multiply_columns(p, t * part, std::min(p.n, (t + 1) * part));
+  for (int64_t t = 0; t < count; ++t) {
+    float* const own = packed + this_thread() * room;
+    multiply_columns(p, t * part, std::min(p.n, (t + 1) * part), own + room_b, own);
+  }
 }
 
 }  // namespace stepladder::matrix_product::avx512

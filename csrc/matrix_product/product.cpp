@@ -7,6 +7,10 @@
 #include "common/amx.h"
 #include "common/error.h"
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace stepladder::matrix_product {
 
 namespace {
@@ -41,6 +45,14 @@ std::vector<std::string> units() {
   names.emplace_back("avx512");
 #endif
   return names;
+}
+
+int this_thread() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 void multiply(const Product& product, const std::string& unit, int threads) {

@@ -30,6 +30,9 @@ std::vector<std::string> units();
 // By the unit of that name. The result does not depend on the number of threads.
 void multiply(const Product& product, const std::string& unit, int threads);
 
+// Which of the threads of a parallel region asks.
+int this_thread();
+
 // Products of at least one element and one multiplication, where rows of C are contiguous; of symmetric ones what is on
 // and below the diagonal, and whatever they like of what is above it.
 namespace amx {

@@ -353,21 +353,16 @@ write_bases(SL_ARGUMENTS(BasisLaunch) launch) {
   }
 }
 
-gpu::Kernel with_shared(gpu::Kernel kernel) {
-  kernel.shared_bytes = static_cast<size_t>(kProductBytes<double>);
-  return kernel;
-}
-
 }  // namespace
 
 const BasisKernels& basis_kernels() {
   static const BasisKernels kernels = {
       gpu::kernel("begin_bases", kThreads, begin_bases),
       gpu::kernel("load_bases", kThreads, load_bases),
-      with_shared(gpu::kernel("gram_products", kThreads, gram_products)),
-      with_shared(gpu::kernel("factor_blocks", kThreads, factor_blocks)),
-      with_shared(gpu::kernel("eliminate_blocks", kThreads, eliminate_blocks)),
-      with_shared(gpu::kernel("solve_rows", kThreads, solve_rows)),
+      gpu::kernel("gram_products", kThreads, gram_products, kProductBytes<double>),
+      gpu::kernel("factor_blocks", kThreads, factor_blocks, kProductBytes<double>),
+      gpu::kernel("eliminate_blocks", kThreads, eliminate_blocks, kProductBytes<double>),
+      gpu::kernel("solve_rows", kThreads, solve_rows, kProductBytes<double>),
       gpu::kernel("judge_bases", kThreads, judge_bases),
       gpu::kernel("reflect_bases", kReflecting, reflect_bases),
       gpu::kernel("write_bases", kThreads, write_bases),

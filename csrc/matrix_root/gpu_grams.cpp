@@ -1,7 +1,6 @@
 #include "matrix_root/gpu_grams.h"
 
 #include <cmath>
-#include <cstring>
 
 #include "common/error.h"
 
@@ -28,23 +27,12 @@ void GpuGrams::run(const std::vector<GramRecord>& matrices, double beta, double 
            ", expected finite numbers");
   for (const GramRecord& matrix : matrices) check(matrix);
   const gpu::Guard guard(launcher_.device());
-  words_.clear();
+  table_.clear();
+  for (const GramRecord& matrix : matrices)
+    if (matrix.m != 0) table_.add(matrix, triangle(matrix.m, kGramSide));
+  if (table_.empty()) return;
   GramLaunch launch;
-  std::vector<uint64_t> first;
-  for (const GramRecord& matrix : matrices) {
-    if (matrix.m == 0) continue;
-    words_.resize(words_.size() + sizeof(GramRecord) / sizeof(uint64_t));
-    memcpy(words_.data() + words_.size() - sizeof(GramRecord) / sizeof(uint64_t), &matrix, sizeof(GramRecord));
-    first.push_back(static_cast<uint64_t>(launch.work));
-    launch.work += triangle(matrix.m, kGramSide);
-    ++launch.count;
-  }
-  if (launch.count == 0) return;
-  const size_t records = words_.size();
-  words_.insert(words_.end(), first.begin(), first.end());
-  const uint64_t* const words = launcher_.upload(words_, stream);
-  launch.matrices = reinterpret_cast<const GramRecord*>(words);
-  launch.first = reinterpret_cast<const int64_t*>(words + records);
+  table_.upload(launcher_, launch, stream);
   launch.beta = static_cast<float>(beta);
   launch.weight = static_cast<float>(weight);
   launcher_.launch(gram_kernel(), &launch, launch.work, stream);

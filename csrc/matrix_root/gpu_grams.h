@@ -18,7 +18,6 @@ struct GramRecord {
   int64_t dtype;  // G's
   int64_t m, n;
 };
-static_assert(sizeof(GramRecord) % sizeof(uint64_t) == 0, "the table is made of words");
 
 // Units of work of matrix i, tiles on and below the diagonal, begin with first[i].
 struct GramLaunch {
@@ -41,7 +40,7 @@ class GpuGrams {
 
  private:
   Launcher launcher_;
-  std::vector<uint64_t> words_;
+  WorkTable<GramRecord> table_;
 };
 
 }  // namespace stepladder::matrix_root

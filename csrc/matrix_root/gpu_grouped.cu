@@ -334,11 +334,6 @@ write_roots_f32(SL_ARGUMENTS(RootLaunch) launch) { write_all<float>(launch); }
 SL_KERNEL(kThreads)
 write_roots_f64(SL_ARGUMENTS(RootLaunch) launch) { write_all<double>(launch); }
 
-gpu::Kernel with_shared(gpu::Kernel kernel, int bytes) {
-  kernel.shared_bytes = static_cast<size_t>(bytes);
-  return kernel;
-}
-
 }  // namespace
 
 const GroupedKernels& grouped_kernels() {
@@ -347,8 +342,8 @@ const GroupedKernels& grouped_kernels() {
       gpu::kernel("find_top", kThreads, find_top),
       gpu::kernel("load_roots_f32", kThreads, load_roots_f32),
       gpu::kernel("load_roots_f64", kThreads, load_roots_f64),
-      with_shared(gpu::kernel("root_products_f32", Shape<float>::kThreads, root_products_f32), kProductBytes<float>),
-      with_shared(gpu::kernel("root_products_f64", Shape<double>::kThreads, root_products_f64), kProductBytes<double>),
+      gpu::kernel("root_products_f32", Shape<float>::kThreads, root_products_f32, kProductBytes<float>),
+      gpu::kernel("root_products_f64", Shape<double>::kThreads, root_products_f64, kProductBytes<double>),
       gpu::kernel("write_roots_f32", kThreads, write_roots_f32),
       gpu::kernel("write_roots_f64", kThreads, write_roots_f64),
   };

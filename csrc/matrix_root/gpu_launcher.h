@@ -1,6 +1,7 @@
 // What every sequence of launches over a table of matrices needs of the host.
 #pragma once
 
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -48,6 +49,43 @@ class Launcher {
     int blocks;
   };
   std::vector<Grid> grids_;
+};
+
+// Records of matrices, then the first unit of work of each, as words.
+template <class Record>
+class WorkTable {
+ public:
+  void clear() {
+    words_.clear();
+    first_.clear();
+    work_ = 0;
+  }
+
+  void add(const Record& record, int64_t units) {
+    static_assert(sizeof(Record) % sizeof(uint64_t) == 0, "the table is made of words");
+    words_.resize(words_.size() + sizeof(Record) / sizeof(uint64_t));
+    memcpy(words_.data() + words_.size() - sizeof(Record) / sizeof(uint64_t), &record, sizeof(Record));
+    first_.push_back(static_cast<uint64_t>(work_));
+    work_ += units;
+  }
+
+  // Where they are then, and how many.
+  template <class Launch>
+  void upload(Launcher& launcher, Launch& launch, gpu::Stream stream) {
+    const size_t records = words_.size();
+    words_.insert(words_.end(), first_.begin(), first_.end());
+    const uint64_t* const words = launcher.upload(words_, stream);
+    launch.matrices = reinterpret_cast<const Record*>(words);
+    launch.first = reinterpret_cast<const int64_t*>(words + records);
+    launch.count = static_cast<int64_t>(first_.size());
+    launch.work = work_;
+  }
+
+  bool empty() const { return first_.empty(); }
+
+ private:
+  std::vector<uint64_t> words_, first_;
+  int64_t work_ = 0;
 };
 
 }  // namespace stepladder::matrix_root

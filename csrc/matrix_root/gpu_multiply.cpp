@@ -1,7 +1,6 @@
 #include "matrix_root/gpu_multiply.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "common/error.h"
 #include "matrix_root/gpu_roots.h"
@@ -32,24 +31,14 @@ void GpuProducts::run(std::vector<ProductRecord> products, bool wide, gpu::Strea
                    [](const ProductRecord& a, const ProductRecord& b) { return a.k > b.k; });
   const gpu::Guard guard(launcher_.device());
   const int64_t side = wide ? kWideSide : kFastSide;
-  constexpr size_t kWords = sizeof(ProductRecord) / sizeof(uint64_t);
-  ProductLaunch launch;
-  words_.clear();
-  std::vector<uint64_t> first;
+  table_.clear();
   for (const ProductRecord& product : products) {
     if (product.m == 0 || product.n == 0 || product.batch == 0) continue;
-    words_.resize(words_.size() + kWords);
-    memcpy(words_.data() + words_.size() - kWords, &product, sizeof(ProductRecord));
-    first.push_back(static_cast<uint64_t>(launch.work));
-    launch.work += product.batch * parts(product.m, side) * parts(product.n, side);
-    ++launch.count;
+    table_.add(product, product.batch * parts(product.m, side) * parts(product.n, side));
   }
-  if (launch.count == 0) return;
-  const size_t records = words_.size();
-  words_.insert(words_.end(), first.begin(), first.end());
-  const uint64_t* const words = launcher_.upload(words_, stream);
-  launch.matrices = reinterpret_cast<const ProductRecord*>(words);
-  launch.first = reinterpret_cast<const int64_t*>(words + records);
+  if (table_.empty()) return;
+  ProductLaunch launch;
+  table_.upload(launcher_, launch, stream);
   launcher_.launch(wide ? product_kernels().wide : product_kernels().fast, &launch, launch.work, stream);
   launcher_.end(stream);
 }

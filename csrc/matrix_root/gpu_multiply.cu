@@ -174,17 +174,12 @@ multiply_f32(SL_ARGUMENTS(ProductLaunch) launch) { multiply_all<float>(launch); 
 SL_KERNEL_OF_TWO(Shape<double>::kThreads)
 multiply_f64(SL_ARGUMENTS(ProductLaunch) launch) { multiply_all<double>(launch); }
 
-gpu::Kernel with_shared(gpu::Kernel kernel, int bytes) {
-  kernel.shared_bytes = static_cast<size_t>(bytes);
-  return kernel;
-}
-
 }  // namespace
 
 const ProductKernels& product_kernels() {
   static const ProductKernels kernels = {
-      with_shared(gpu::kernel("multiply_f32", Shape<float>::kThreads, multiply_f32), kProductBytes<float>),
-      with_shared(gpu::kernel("multiply_f64", Shape<double>::kThreads, multiply_f64), kProductBytes<double>),
+      gpu::kernel("multiply_f32", Shape<float>::kThreads, multiply_f32, kProductBytes<float>),
+      gpu::kernel("multiply_f64", Shape<double>::kThreads, multiply_f64, kProductBytes<double>),
   };
   return kernels;
 }

@@ -19,7 +19,6 @@ struct ProductRecord {
   Place left, right, out;
   int64_t batch, m, n, k;
 };
-static_assert(sizeof(ProductRecord) % sizeof(uint64_t) == 0, "the table is made of words");
 
 // Units of work of record i, tiles of its products, begin with first[i].
 struct ProductLaunch {
@@ -43,7 +42,7 @@ class GpuProducts {
 
  private:
   Launcher launcher_;
-  std::vector<uint64_t> words_;
+  WorkTable<ProductRecord> table_;
 };
 
 }  // namespace stepladder::matrix_root

@@ -281,14 +281,9 @@ SL_ON_CHIP(128, f32, float)
 SL_ON_CHIP(32, f64, double)
 SL_ON_CHIP(64, f64, double)
 
-template <class Arguments>
-gpu::Kernel with_shared(const char* name, int side, int64_t element, int threads, void (*function)(Arguments)) {
-  gpu::Kernel kernel = gpu::kernel(name, threads, function);
-  kernel.shared_bytes = static_cast<size_t>(on_chip_bytes(side, element));
-  return kernel;
-}
 #define SL_NAMED(side, type, element) \
-  with_shared("roots_" #side "_" #type, side, sizeof(element), Shape<side>::kThreads, roots_##side##_##type)
+  gpu::kernel("roots_" #side "_" #type, Shape<side>::kThreads, roots_##side##_##type, \
+              on_chip_bytes(side, sizeof(element)))
 
 }  // namespace
 

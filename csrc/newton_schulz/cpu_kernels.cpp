@@ -25,8 +25,6 @@ struct Scratch {
         panels(reinterpret_cast<char*>(second + kBlockFloats)),
         tiles(panels + 4 * kPanelDepth * kTileBytes) {}
 };
-static_assert(kScratchBytes ==
-              (kMacro * kMacro + 2) * kBlockFloats * sizeof(float) + (4 * kPanelDepth + 2) * kTileBytes);
 
 void norm(const Work& work, int task, float* c, float* other) {
   const Program& program = *work.program;

@@ -20,6 +20,7 @@
 namespace stepladder::newton_schulz {
 
 constexpr int kTileBytes = 1024;
+constexpr int kPanelDepth = 8;  // tiles along k of a panel of two strips
 
 // The operands of one matrix in its workspace.
 struct Operands {
@@ -51,8 +52,10 @@ struct Engine {
   void (*run)(const Work& work, const Step& step, int task, char* scratch);
 };
 
-// Blocks of a task's product in fp32, two more to read and write memory through, panels of its right operand.
-constexpr size_t kScratchBytes = (kMacro * kMacro + 2) * kBlock * kBlock * sizeof(float) + 34 * kTileBytes;
+// Blocks of a task's product in fp32, two more to read and write memory through, two panels of its right operand, and
+// two tiles.
+constexpr size_t kScratchBytes =
+    (kMacro * kMacro + 2) * kBlock * kBlock * sizeof(float) + (2 * 2 * kPanelDepth + 2) * kTileBytes;
 
 // The fastest engine that was compiled in and runs here, or the one of that name; null where there is none.
 const Engine* cpu_engine(const char* name);

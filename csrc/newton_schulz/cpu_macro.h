@@ -11,7 +11,6 @@ namespace stepladder::newton_schulz {
 namespace SL_UNIT {
 namespace {
 
-constexpr int kPanelDepth = 8;  // tiles along k of a panel
 constexpr int kPassDepth = 64;  // of a pass, whose operands stay in the second cache
 
 struct Range {

@@ -356,22 +356,15 @@ multiply_iterates(SL_ARGUMENTS(GroupedLaunch) launch) {
   }
 }
 
-template <class Arguments>
-gpu::Kernel with_shared(const char* name, void (*function)(Arguments), int64_t elements) {
-  gpu::Kernel kernel = gpu::kernel(name, kThreads, function);
-  kernel.shared_bytes = elements * sizeof(bf16);
-  return kernel;
-}
-
 }  // namespace
 
 const GroupedKernels& grouped_kernels() {
   static const GroupedKernels kernels = {
       gpu::kernel("measure_matrices", kThreads, measure_matrices),
-      with_shared("pack_matrices", pack_matrices, kChunkRows * (kChunkRows + 8)),
+      gpu::kernel("pack_matrices", kThreads, pack_matrices, kChunkRows * (kChunkRows + 8) * sizeof(bf16)),
       gpu::kernel("divide_rows", kThreads, divide_rows),
-      with_shared("symmetric_products", symmetric_products, kStages * 2 * kNarrow),
-      with_shared("multiply_iterates", multiply_iterates, kStages * (kNarrow + kWide)),
+      gpu::kernel("symmetric_products", kThreads, symmetric_products, kStages * 2 * kNarrow * sizeof(bf16)),
+      gpu::kernel("multiply_iterates", kThreads, multiply_iterates, kStages * (kNarrow + kWide) * sizeof(bf16)),
   };
   return kernels;
 }

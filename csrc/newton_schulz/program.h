@@ -38,7 +38,7 @@ struct Step {
   float diagonal = 0.0f;
   bool last = false;  // the result goes to memory
   bool scaled_rows = false;
-  int parity = 0;  // which copy of X's right operands is read; the other is written
+  int parity = 0;  // which of Operands' two copies of Xᵀ is read; the other is written
   int tasks = 0;
 };
 

@@ -14,9 +14,10 @@ from stepladder.newton_schulz import check_floating
 from stepladder.parallel import over_threads
 from stepladder.reference.orthonormalize import METHODS, BasisInfo
 
-# Reflections that are applied together: fewer leave products too thin, more leave too much to LAPACK.
+# Reflections that are applied together, by judgement: fewer leave products too thin, more leave too much to LAPACK.
 BLOCK = 128
-# Columns from which that is faster than LAPACK, where tiles multiply.
+# The least number of columns for which that was measured to be faster than LAPACK, where tiles multiply
+# (docs/performance.md).
 LEAST_BLOCKED = 1024
 
 

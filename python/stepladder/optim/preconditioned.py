@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from stepladder import backends, ranges
+from stepladder.newton_schulz import matrix_unit
 from stepladder.optim import checks
 from stepladder.optim.base import Group
 from stepladder.optim.mixed import Mixed, Task
 from stepladder.optim.orthogonalized import is_count, unscaled, waves_of
+from stepladder.optim.together import widened
 from stepladder.parallel import over_threads
 from stepladder.products import mm
 from stepladder.reference.kronecker import times
@@ -106,17 +108,6 @@ def phases(costs: Sequence[float], frequency: int) -> list[int]:
     ]
 
 
-def in_place(state: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A state in its shape and in the dtype of the arithmetic: a view where that is possible, else a copy."""
-    return state.to(dtype).reshape(tuple(shape))
-
-
-def stored(state: Tensor, value: Tensor) -> None:
-    """Write a value back to the state that it is a copy of."""
-    if value.data_ptr() != state.data_ptr():
-        state.copy_(value.reshape(state.shape))
-
-
 @dataclass(slots=True)
 class Job:
     """A parameter to be stepped.
@@ -143,10 +134,12 @@ class Job:
 
     def settle(self) -> None:
         """Make of the gradient what it is to be used as."""
-        self.grad = self.grad.to(arithmetic(self.param))
-        if self.scale != 1.0:
-            self.grad = self.grad * self.scale
-            self.scale = 1.0
+        self.grad, self.scale = gradients([self])[0], 1.0
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What those have in common that one operation on a list serves: hyper-parameters, step count, dtypes."""
+        return id(self.group), int(self.state["step"]), self.param.dtype, self.grad.dtype, self.scale
 
     @property
     def on_gpu(self) -> bool:
@@ -202,6 +195,11 @@ class Preconditioned(Mixed):
     @classmethod
     def check_shape(cls, param: Tensor, group: Group, where: str) -> None:
         pass
+
+    @classmethod
+    def check_backends(cls, chosen: set[tuple[str, torch.device]]) -> None:
+        if any(backend == "cpu" for backend, _ in chosen):
+            matrix_unit()
 
     @classmethod
     def state_shape(cls, name: str, param: Tensor, group: Group) -> torch.Size:
@@ -261,6 +259,17 @@ class Preconditioned(Mixed):
             torch._C._increment_version([job.param for job in found])
 
 
+def gradients(jobs: Sequence[Job]) -> list[Tensor]:
+    """As they are to be used, in the dtype of the arithmetic, of jobs that are alike."""
+    grads = widened([job.grad for job in jobs], arithmetic(jobs[0].param))
+    return grads if jobs[0].scale == 1.0 else list(torch._foreach_mul(grads, jobs[0].scale))
+
+
+def states_of(jobs: Sequence[Job], name: str) -> list[Tensor]:
+    """A state of each, in its layout's shape and the dtype of the arithmetic: views where possible, else copies."""
+    return widened([job.state[name].reshape(job.layout.shape) for job in jobs], arithmetic(jobs[0].param))
+
+
 def arithmetic(param: Tensor) -> torch.dtype:
     """What is computed in; half types are storage alone."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -277,6 +286,12 @@ def projection_work(x: Tensor, sides: Sequence[int | None]) -> ranges.Work:
     """Of products along the dimensions that have a matrix of these sides, 2n for each element of x."""
     flops = 2.0 * x.numel() * sum(n for n in sides if n is not None)
     return ranges.Work(2 * x.nbytes, flops, "fp64" if x.dtype == torch.float64 else "fp32")
+
+
+def total(parts: Sequence[Callable[[], ranges.Work]]) -> ranges.Work:
+    """Of several pieces of work, all of one precision."""
+    own = [part() for part in parts]
+    return ranges.Work(sum(x.bytes for x in own), sum(x.flops for x in own), own[0].precision)
 
 
 def each(function: Callable[[Job], None], jobs: Sequence[Job]) -> None:

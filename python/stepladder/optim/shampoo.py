@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from itertools import chain, product
 from typing import Any
 
@@ -24,10 +25,11 @@ from stepladder.optim.preconditioned import (
     arithmetic,
     count,
     each,
-    in_place,
+    gradients,
     number,
     projection_work,
-    stored,
+    states_of,
+    total,
 )
 from stepladder.optim.together import along_all, bunches, by, stored_all, widened
 from stepladder.reference.arithmetic import power
@@ -239,8 +241,7 @@ class Shampoo(Preconditioned):
         works = [work for work in works if not work.job.on_gpu]
         by_job = {id(work.job): work for work in works}
         each(lambda job: by_job[id(job)].prepare(backend), [work.job for work in works])
-        with ranges.kernel("refresh"):
-            refresh_roots(works, backend)
+        refresh_roots(works, backend)
         each(lambda job: by_job[id(job)].apply(), [work.job for work in works])
 
 
@@ -270,7 +271,8 @@ class Work:
         self.correction = 1.0
         if group["bias_correction"] and self.betas[1] < 1.0:
             self.correction = 1.0 - power(self.betas[1], self.time)
-        self.factors: list[Tensor] = [x for x in job.layout.load(state["factors"]) if x is not None]
+        # While they are worked on: the factors, Ĝ, and the step that is to be taken.
+        self.factors: list[Tensor] = []
         self.smoothed = job.grad
         self.step = job.grad
 
@@ -278,46 +280,22 @@ class Work:
     def shape(self) -> tuple[int, ...]:
         return self.job.layout.shape
 
+    def load(self, name: str) -> list[Tensor]:
+        """The factors or the roots, copies where they are packed."""
+        return [x for x in self.job.layout.load(self.job.state[name]) if x is not None]
+
     def prepare(self, backend: str | None) -> None:
         """Whatever comes before the roots."""
-        self.update_factors(backend)
-        with ranges.kernel("momentum", self.average_work):
-            self.average()
-
-    def update_factors(self, backend: str | None) -> None:
-        """L ← β₂L + (1 - β₂)GGᵀ for each block and dimension."""
-        beta = self.betas[1]
-        parts = blocks(self.job.grad, self.limit) if self.factors else []
-        rows = [as_rows(part, dim) for part in parts for dim in range(part.ndim)]
-        update_grams(self.factors, rows, beta, 1.0 - beta if beta < 1.0 else 1.0, backend)
-        self.job.layout.store(self.job.state["factors"], self.factors)
+        update_factors([self], backend)
+        average([self])
 
     def average_work(self) -> ranges.Work:
         held = sum(self.job.state[name].nbytes for name in ("exp_avg", "exp_avg_sq") if name in self.states)
         return ranges.Work(bytes=self.job.grad.nbytes + 2 * held)
 
-    def average(self) -> None:
-        """Momentum, and the grafted method's step."""
-        group, state, grad = self.job.group, self.job.state, self.job.grad
-        if "exp_avg" in self.states:
-            m = in_place(state["exp_avg"], self.shape, grad.dtype)
-            m.lerp_(grad, 1.0 - self.betas[0])
-            stored(state["exp_avg"], m)
-            correction = 1.0 - power(self.betas[0], self.time) if group["bias_correction"] else 1.0
-            self.smoothed = m / correction
-        self.step = self.smoothed
-        if "exp_avg_sq" not in self.states:
-            return
-        v = in_place(state["exp_avg_sq"], self.shape, grad.dtype)
-        beta = number(group, "grafting_beta2")
-        if group["grafting"] == "adagrad":
-            v.addcmul_(grad, grad)
-        else:
-            v.mul_(beta).addcmul_(grad, grad, value=1.0 - beta)
-        stored(state["exp_avg_sq"], v)
-        adam = group["grafting"] == "adam" and group["bias_correction"]
-        root = (v / (1.0 - power(beta, self.time)) if adam else v).sqrt()
-        self.step = self.smoothed / root.add_(number(group, "grafting_eps"))
+    def update_work(self) -> ranges.Work:
+        param = self.job.param
+        return ranges.Work(bytes=2 * param.nbytes + param.numel() * arithmetic(param).itemsize)
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -325,28 +303,27 @@ class Work:
 
     def apply(self) -> None:
         """Precondition, graft, decay and move the weights."""
-        job = self.job
-        lr = number(job.group, "lr")
-        if lr == 0.0:
+        if not self.moves:
             return
-        update = self.step
-        if self.time >= self.start and self.factors:
+        if self.is_preconditioned:
             with ranges.kernel("precondition", self.precondition_work):
-                update = self.preconditioned()
-        w = job.param.detach()
-        decay = 1.0 - lr * number(job.group, "weight_decay")
-        with ranges.kernel("update", lambda: ranges.Work(bytes=2 * w.nbytes + update.nbytes)):
-            if w.dtype == update.dtype:
-                w.mul_(decay).add_(update.reshape(w.shape), alpha=-lr)
-            else:
-                w.copy_(w.to(update.dtype).mul_(decay).add_(update.reshape(w.shape), alpha=-lr))
+                self.step = self.preconditioned()
+        move([self])
+
+    @property
+    def moves(self) -> bool:
+        return number(self.job.group, "lr") != 0.0
+
+    @property
+    def is_preconditioned(self) -> bool:
+        return self.time >= self.start and bool(self.job.layout.sides)
 
     def precondition_work(self) -> ranges.Work:
         """Of the products alone, block by block."""
         order = len(self.shape)
         own = [
             projection_work(part, self.job.layout.sides[index * order : (index + 1) * order])
-            for index, part in enumerate(blocks(self.smoothed, self.limit))
+            for index, part in enumerate(blocks(self.job.grad, self.limit))
         ]
         return ranges.Work(0.0, sum(work.flops for work in own), own[0].precision)
 
@@ -363,12 +340,11 @@ class Work:
                 assert root is not None
                 u = along(u, root, dim)
             if graft:
-                u = u.mul_(torch.linalg.vector_norm(plain[index]) / (torch.linalg.vector_norm(u) + GRAFTING_FLOOR))
+                graft_(u, plain[index], None)
             target.copy_(u)
         return update
 
     def step_by_reference(self) -> None:
-        self.job.settle()
         job, group, state = self.job, self.job.group, self.job.state
         shape = job.param.shape
 
@@ -380,8 +356,8 @@ class Work:
             job.grad.reshape(shape),
             widened("exp_avg"),
             widened("exp_avg_sq"),
-            self.factors,
-            [x for x in job.layout.load(state["roots"]) if x is not None],
+            self.load("factors"),
+            self.load("roots"),
             shape=self.shape,
             lr=number(group, "lr"),
             betas=(self.betas[0], self.betas[1]),
@@ -407,58 +383,35 @@ class Work:
         state["failed_roots"] += failures
 
 
-def refresh_roots(works: list[Work], backend: str | None) -> None:
-    """Compute the roots that are due, of all parameters that share their settings together."""
-    settings: dict[Any, list[tuple[Work, int]]] = {}
-    for work in works:
-        group = work.job.group
-        key = work.exponent, number(group, "eps"), number(group, "relative_eps"), group["root_method"]
-        settings.setdefault(key, []).extend((work, k) for k, due in enumerate(work.refresh) if due)
-    for (exponent, eps, relative_eps, method), members in settings.items():
-        if exponent not in EXPONENTS:
-            method = "eigh"
-        corrected = [(work.factors[k] / work.correction)[None] for work, k in members]
-        results = roots(corrected, exponent, eps, relative_eps, method, backend)
-        touched: dict[int, tuple[Work, list[Tensor]]] = {}
-        for (work, k), (root, info) in zip(members, results, strict=True):
-            state = work.job.state
-            if id(work) not in touched:
-                touched[id(work)] = work, [x for x in work.job.layout.load(state["roots"]) if x is not None]
-            target = touched[id(work)][1][k]
-            good = (info.status[0] == RootStatus.CONVERGED) | (info.status[0] == RootStatus.STALLED)
-            # No branch on the device's numbers: nothing is to wait for them.
-            target.copy_(torch.where(good, root[0], target))
-            state["failed_roots"] += (~good).float()
-        for work, values in touched.values():
-            work.job.layout.store(work.job.state["roots"], values)
-
-
 def step_together(works: list[Work], backend: str | None) -> None:
     """A step of all parameters of one GPU and dtype of the arithmetic, each kind of their products in one launch."""
-    update_factors_together(works, backend)
-    for members in by(works, alike):
-        average_together(members)
-    refresh_roots_together(works, backend)
-    moving = [work for work in works if number(work.job.group, "lr") != 0.0]
-    for bunch in bunches(moving, lambda work: work.job.grad.numel()):
-        precondition_together([work for work in bunch if work.time >= work.start and work.factors], backend)
-        for members in by(bunch, alike):
-            group = members[0].job.group
-            lr = number(group, "lr")
-            params = [work.job.param.detach() for work in members]
-            weights = widened(params, arithmetic(params[0]))
-            torch._foreach_mul_(weights, 1.0 - lr * number(group, "weight_decay"))
-            torch._foreach_add_(weights, [work.step.reshape(work.job.param.shape) for work in members], alpha=-lr)
-            stored_all(params, weights)
+    for bunch in bunches(works, lambda work: work.job.layout.numel(False)):
+        update_factors(bunch, backend)
+        refresh_roots(bunch, backend)
+        for work in bunch:
+            work.factors = []
+    for bunch in bunches(works, held):
+        kinds = by(bunch, lambda work: work.job.alike)
+        for members in kinds:
+            average(members)
+        kinds = [members for members in kinds if members[0].moves]
+        precondition_together([work for members in kinds for work in members if work.is_preconditioned], backend)
+        for members in kinds:
+            move(members)
+        for work in bunch:
+            work.smoothed = work.step = work.job.grad
 
 
-def alike(work: Work) -> Any:
-    """What those have in common that one operation on a list serves: hyper-parameters, step count, dtypes."""
-    return id(work.job.group), work.time, work.job.param.dtype, work.job.grad.dtype, work.job.scale
+def held(work: Work) -> int:
+    """Elements of a parameter, and of its roots where these are packed."""
+    layout = work.job.layout
+    return work.job.grad.numel() + (layout.numel(False) if layout.packed else 0)
 
 
-def update_factors_together(works: list[Work], backend: str | None) -> None:
+def update_factors(works: list[Work], backend: str | None) -> None:
     """L ← β₂L + (1 - β₂)GGᵀ for each block and dimension, of gradients as they are stored."""
+    for work in works:
+        work.factors = work.load("factors")
     for members in by([work for work in works if work.factors], lambda work: (work.betas[1], work.job.scale)):
         beta, scale = members[0].betas[1], members[0].job.scale
         rows = [
@@ -473,81 +426,96 @@ def update_factors_together(works: list[Work], backend: str | None) -> None:
         work.job.layout.store(work.job.state["factors"], work.factors)
 
 
-def average_together(works: list[Work]) -> None:
+def average(works: list[Work]) -> None:
     """Momentum, and the grafted method's step, of those that are alike."""
-    first, group = works[0], works[0].job.group
-    grads = widened([work.job.grad for work in works], arithmetic(first.job.param))
-    if first.job.scale != 1.0:
-        grads = list(torch._foreach_mul(grads, first.job.scale))
-
-    def state(name: str) -> list[Tensor]:
-        return widened([work.job.state[name].reshape(work.shape) for work in works], grads[0].dtype)
-
-    def keep(name: str, values: list[Tensor]) -> None:
-        stored_all([work.job.state[name] for work in works], values)
-
-    smoothed = grads
-    if "exp_avg" in first.states:
-        m = state("exp_avg")
-        torch._foreach_lerp_(m, grads, 1.0 - first.betas[0])
-        keep("exp_avg", m)
-        correction = 1.0 - power(first.betas[0], first.time) if group["bias_correction"] else 1.0
-        smoothed = list(torch._foreach_div(m, correction))
-    steps = smoothed
-    if "exp_avg_sq" in first.states:
-        v = state("exp_avg_sq")
-        beta = number(group, "grafting_beta2")
-        adagrad = group["grafting"] == "adagrad"
-        if not adagrad:
-            torch._foreach_mul_(v, beta)
-        torch._foreach_addcmul_(v, grads, grads, value=1.0 if adagrad else 1.0 - beta)
-        keep("exp_avg_sq", v)
-        if group["grafting"] == "adam" and group["bias_correction"]:
-            v = list(torch._foreach_div(v, 1.0 - power(beta, first.time)))
-        roots_of_v = torch._foreach_sqrt(v)
-        torch._foreach_add_(roots_of_v, number(group, "grafting_eps"))
-        steps = list(torch._foreach_div(smoothed, roots_of_v))
-    for work, own, step in zip(works, smoothed, steps, strict=True):
-        work.smoothed, work.step = own, step
+    with ranges.kernel("momentum", partial(total, [work.average_work for work in works])):
+        jobs, first, group = [work.job for work in works], works[0], works[0].job.group
+        grads = smoothed = gradients(jobs)
+        if "exp_avg" in first.states:
+            m = states_of(jobs, "exp_avg")
+            torch._foreach_lerp_(m, grads, 1.0 - first.betas[0])
+            stored_all([job.state["exp_avg"] for job in jobs], m)
+            correction = 1.0 - power(first.betas[0], first.time) if group["bias_correction"] else 1.0
+            smoothed = list(torch._foreach_div(m, correction))
+        steps = smoothed
+        if "exp_avg_sq" in first.states:
+            v = states_of(jobs, "exp_avg_sq")
+            beta = number(group, "grafting_beta2")
+            adagrad = group["grafting"] == "adagrad"
+            if not adagrad:
+                torch._foreach_mul_(v, beta)
+            torch._foreach_addcmul_(v, grads, grads, value=1.0 if adagrad else 1.0 - beta)
+            stored_all([job.state["exp_avg_sq"] for job in jobs], v)
+            if group["grafting"] == "adam" and group["bias_correction"]:
+                v = list(torch._foreach_div(v, 1.0 - power(beta, first.time)))
+            roots_of_v = torch._foreach_sqrt(v)
+            torch._foreach_add_(roots_of_v, number(group, "grafting_eps"))
+            steps = list(torch._foreach_div(smoothed, roots_of_v))
+        for work, own, step in zip(works, smoothed, steps, strict=True):
+            work.smoothed, work.step = own, step
 
 
-def refresh_roots_together(works: list[Work], backend: str | None) -> None:
+def move(works: list[Work]) -> None:
+    """w ← (1 - ηλ)w - η·step, of those that are alike."""
+    with ranges.kernel("update", partial(total, [work.update_work for work in works])):
+        group = works[0].job.group
+        lr = number(group, "lr")
+        params = [work.job.param.detach() for work in works]
+        weights = widened(params, arithmetic(params[0]))
+        if (decay := 1.0 - lr * number(group, "weight_decay")) != 1.0:
+            torch._foreach_mul_(weights, decay)
+        torch._foreach_add_(weights, [work.step.reshape(work.job.param.shape) for work in works], alpha=-lr)
+        stored_all(params, weights)
+
+
+def refresh_roots(works: list[Work], backend: str | None) -> None:
     """The roots that are due; factors of one side that share their settings are a batch."""
     due = [(work, k) for work in works for k, refresh in enumerate(work.refresh) if refresh]
-    loaded = {id(work): work.job.layout.load(work.job.state["roots"]) for work, _ in due}
+    if not due:
+        return
 
     def settings(member: tuple[Work, int]) -> Any:
         group = member[0].job.group
         return member[0].exponent, number(group, "eps"), number(group, "relative_eps"), group["root_method"]
 
-    for members in by(due, settings):
-        exponent, eps, relative_eps, method = settings(members[0])
-        batches = by(members, lambda member: (len(member[0].factors[member[1]]), member[0].correction))
-        stacks = [torch.stack([work.factors[k] for work, k in batch]) / batch[0][0].correction for batch in batches]
-        found = roots(stacks, exponent, eps, relative_eps, method if exponent in EXPONENTS else "eigh", backend)
-        for batch, (root, info) in zip(batches, found, strict=True):
-            targets = [x for work, k in batch if (x := loaded[id(work)][k]) is not None]
-            good = (info.status == RootStatus.CONVERGED) | (info.status == RootStatus.STALLED)
-            # No branch on the device's numbers: nothing is to wait for them.
-            stored_all(targets, torch.where(good[:, None, None], root, torch.stack(targets)).unbind())
-            count_failures([work.job.state["failed_roots"] for work, _ in batch], list((~good).float().unbind()))
-    for work in works:
-        if id(work) in loaded:
-            work.job.layout.store(work.job.state["roots"], loaded[id(work)])
+    with ranges.kernel("refresh"):
+        loaded = {id(work): work.load("roots") for work, _ in due}
+        for members in by(due, settings):
+            exponent, eps, relative_eps, method = settings(members[0])
+            batches = by(members, lambda member: (len(member[0].factors[member[1]]), member[0].correction))
+            stacks = [
+                torch.stack([work.factors[k] for work, k in batch]).div_(batch[0][0].correction) for batch in batches
+            ]
+            found = roots(stacks, exponent, eps, relative_eps, method if exponent in EXPONENTS else "eigh", backend)
+            for batch, (root, info) in zip(batches, found, strict=True):
+                targets = [loaded[id(work)][k] for work, k in batch]
+                good = (info.status == RootStatus.CONVERGED) | (info.status == RootStatus.STALLED)
+                # No branch on the device's numbers: nothing is to wait for them.
+                stored_all(targets, torch.where(good[:, None, None], root, torch.stack(targets)).unbind())
+                # The failures of each parameter, whose roots are neighbours.
+                owners = by(batch, lambda member: id(member[0]))
+                failures = torch._foreach_norm(list(torch.split((~good).float(), [*map(len, owners)])), 1.0)
+                torch._foreach_add_([own[0][0].job.state["failed_roots"] for own in owners], failures)
+        for work in works:
+            if id(work) in loaded:
+                work.job.layout.store(work.job.state["roots"], loaded[id(work)])
 
 
-def count_failures(counts: list[Tensor], failures: list[Tensor]) -> None:
-    """Add to counts, each of which may be there several times: those that are different go together."""
-    while counts:
-        first = {id(count): index for index, count in reversed([*enumerate(counts)])}
-        chosen = sorted(first.values())
-        torch._foreach_add_([counts[i] for i in chosen], [failures[i] for i in chosen])
-        rest = sorted({*range(len(counts))} - {*chosen})
-        counts, failures = [counts[i] for i in rest], [failures[i] for i in rest]
+def graft_(u: Tensor, step: Tensor, within: tuple[int, ...] | None) -> None:
+    """u ← u·‖step‖F/‖u‖F in place, over these dimensions, or all of them."""
+    norms = [torch.linalg.vector_norm(x, dim=within, keepdim=True) for x in (step, u)]
+    u.mul_(norms[0] / (norms[1] + GRAFTING_FLOOR))
 
 
 def precondition_together(works: list[Work], backend: str | None) -> None:
     """L^(-1/p) Ĝ R^(-1/p) of each block, in the norm of the grafted method's step, which it replaces."""
+    if not works:
+        return
+    with ranges.kernel("precondition", partial(total, [work.precondition_work for work in works])):
+        _precondition(works, backend)
+
+
+def _precondition(works: list[Work], backend: str | None) -> None:
     batches = by(works, lambda work: (work.shape, work.limit, work.job.group["grafting"] != "none"))
     updates = [batch[0].smoothed.new_empty(len(batch), *batch[0].shape) for batch in batches]
     sources, matrices, targets = [], [], []
@@ -563,9 +531,7 @@ def precondition_together(works: list[Work], backend: str | None) -> None:
         if batch[0].job.group["grafting"] != "none":
             steps = torch.stack([work.step for work in batch])
             for u, p in zip(grids(stack, batch[0].limit), grids(steps, batch[0].limit), strict=True):
-                within = tuple(range(2, u.ndim, 2))
-                norms = [torch.linalg.vector_norm(x, dim=within, keepdim=True) for x in (p, u)]
-                u.mul_(norms[0] / (norms[1] + GRAFTING_FLOOR))
+                graft_(u, p, tuple(range(2, u.ndim, 2)))
         for work, update in zip(batch, stack, strict=True):
             work.step = update
 

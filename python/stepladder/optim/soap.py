@@ -26,10 +26,11 @@ from stepladder.optim.preconditioned import (
     arithmetic,
     count,
     each,
-    in_place,
+    gradients,
     number,
     projection_work,
-    stored,
+    states_of,
+    total,
 )
 from stepladder.optim.together import along_all, bunches, by, stored_all, widened
 from stepladder.orthonormalize import bases as orthonormal_bases
@@ -210,6 +211,8 @@ class SOAP(Preconditioned):
         for members in by(grouped, lambda work: (work.job.param.device, arithmetic(work.job.param))):
             step_together(members, backend)
         rotated = [x for work in works.values() for x in work.rotated.values()]
+        if not rotated:
+            return
         with ranges.kernel("orthonormalize", partial(work_of, rotated)):
             fresh = iter(fresh_bases(rotated, backend))
         for work in works.values():
@@ -239,10 +242,12 @@ class Work:
         frequency = int(group["precondition_frequency"])
         self.refresh = self.time > 0 and refresh_due(self.time, frequency, frequency, job.phase[0])
         self.kl = group["variant"] == "kl"
-        self.factors = job.layout.load(state["factors"])
+        # While they are worked on.
+        self.factors: list[Tensor | None] = []
         self.bases = job.layout.views(state["bases"])
         self.eigenvalues: list[Tensor | None] = [None] * len(self.bases)
-        # Of the dimensions whose bases are refreshed: LQ and the order of its columns, then the new bases.
+        # Of the dimensions whose bases are refreshed: LQ and the order of its columns, then the new bases, and whether
+        # each is one.
         self.rotated: dict[int, Tensor] = {}
         self.order: dict[int, Tensor] = {}
         self.fresh: dict[int, tuple[Tensor, Tensor]] = {}
@@ -270,8 +275,10 @@ class Work:
         state["step"] += 1
         with ranges.kernel("update", self.move_work):
             self.move()
-        self.update_factors()
-        job.layout.store(state["factors"], self.factors)
+        if self.kl:
+            self.update_whitened_factors()
+        else:
+            update_factors([self], self.backend)
         if self.refresh:
             with ranges.kernel("rotate", self.rotate_work):
                 self.rotate()
@@ -280,6 +287,9 @@ class Work:
         held = sum(x.nbytes for x in (self.job.param, self.job.state["exp_avg"], self.job.state["exp_avg_sq"]))
         return ranges.Work(bytes=self.job.grad.nbytes + 2 * held)
 
+    def project_work(self) -> ranges.Work:
+        return projection_work(self.job.grad, self.job.layout.sides)
+
     def rotate_work(self) -> ranges.Work:
         """LQ for all dimensions, whether it is then found to be needed or not."""
         flops = sum(2.0 * factor.shape[0] ** 3 for factor in self.factors if factor is not None)
@@ -287,32 +297,20 @@ class Work:
 
     def move(self) -> None:
         """Adam in the eigenbases."""
-        job, state, g = self.job, self.job.state, self.job.grad
-        work = partial(projection_work, g, self.job.layout.sides)
-        with ranges.kernel("project", work):
+        g = self.job.grad
+        with ranges.kernel("project", self.project_work):
             projected = project(g, self.bases, transposed=True)
-        m = in_place(state["exp_avg"], g.shape, g.dtype)
-        v = in_place(state["exp_avg_sq"], g.shape, g.dtype)
-        m.lerp_(projected, 1.0 - self.betas[0])
         if self.kl:
             self.update_eigenvalues(projected)
-        v.mul_(self.betas[1]).addcmul_(projected, projected, value=1.0 - self.betas[1])
-        stored(state["exp_avg"], m)
-        stored(state["exp_avg_sq"], v)
+        m, v = average([self], [projected])
         if self.lr == 0.0:
             return
-        # Without bases the projected gradient is the gradient itself.
-        update = torch.sqrt(v) if projected is g else torch.sqrt(v, out=projected)
-        torch.div(m, update.add_(number(job.group, "eps")), out=update)
-        with ranges.kernel("project", work):
+        # Its memory can be the update's.
+        del projected
+        [update] = updates([self], m, v)
+        with ranges.kernel("project", self.project_work):
             update = project(update, self.bases, transposed=False)
-        w = job.param.detach()
-        if w.dtype == update.dtype:
-            w.add_(update.reshape(w.shape), alpha=-self.size)
-            if self.decay != 1.0:
-                w.mul_(self.decay)
-        else:
-            w.copy_(w.to(update.dtype).add_(update.reshape(w.shape), alpha=-self.size).mul_(self.decay))
+        apply([self], [update])
 
     @property
     def lr(self) -> float:
@@ -329,18 +327,18 @@ class Work:
     def decay(self) -> float:
         return 1.0 - self.lr * number(self.job.group, "weight_decay")
 
-    def update_factors(self) -> None:
-        """L ← βL + (1 - β)GGᵀ for each dimension."""
+    def update_whitened_factors(self) -> None:
+        """L ← βL + (1 - β)/(columns of W)·WWᵀ for each dimension, with W the whitened gradient."""
+        self.factors = self.job.layout.load(self.job.state["factors"])
         g, beta = self.job.grad, self.shampoo_beta
         for dim, factor in enumerate(self.factors):
             if factor is not None:
-                weight = (1.0 - beta) / (g.numel() // g.shape[dim]) if self.kl else 1.0 - beta
-                rows = as_rows(self.whitened(dim) if self.kl else g, dim)
-                update_grams([factor], [rows], beta, weight, self.backend)
-        if self.kl:
-            for values, new in zip(self.eigenvalues, self.new_values, strict=True):
-                if values is not None:
-                    values.copy_(new)
+                weight = (1.0 - beta) / (g.numel() // g.shape[dim])
+                update_grams([factor], [as_rows(self.whitened(dim), dim)], beta, weight, self.backend)
+        for values, new in zip(self.eigenvalues, self.new_values, strict=True):
+            if values is not None:
+                values.copy_(new)
+        self.job.layout.store(self.job.state["factors"], self.factors)
 
     def whitened(self, dim: int) -> Tensor:
         """G·QΛ^(-1/2) along all dimensions but one."""
@@ -381,8 +379,7 @@ class Work:
     def refresh_bases(self) -> None:
         """Q ← qr(LQ), v in the same order, and m into the new bases."""
         job, state = self.job, self.job.state
-        m = in_place(state["exp_avg"], job.grad.shape, job.grad.dtype)
-        v = in_place(state["exp_avg_sq"], job.grad.shape, job.grad.dtype)
+        [m], [v] = states_of([job], "exp_avg"), states_of([job], "exp_avg_sq")
         bases: list[Tensor | None] = list(self.bases)
         for dim, (new, good) in self.fresh.items():
             factor, basis, order = self.factors[dim], self.bases[dim], self.order[dim]
@@ -401,8 +398,7 @@ class Work:
         for own, transposed in ((self.bases, False), (bases, True)):
             with ranges.kernel("project", partial(projection_work, m, job.layout.sides)):
                 m = project(m, own, transposed)
-        stored(state["exp_avg"], m)
-        stored(state["exp_avg_sq"], v)
+        stored_all([state["exp_avg"], state["exp_avg_sq"]], [m, v])
         for dim in self.fresh:
             old, fresh = self.bases[dim], bases[dim]
             assert old is not None
@@ -418,7 +414,7 @@ class Work:
             job.grad,
             state["exp_avg"].to(dtype).reshape(shape),
             state["exp_avg_sq"].to(dtype).reshape(shape),
-            self.factors,
+            job.layout.load(state["factors"]),
             self.bases,
             self.eigenvalues,
             lr=number(group, "lr"),
@@ -458,67 +454,78 @@ def step_together(works: list[Work], backend: str | None) -> None:
     for work in works:
         work.job.state["step"] += 1
     for bunch in bunches(works, lambda work: work.job.grad.numel()):
-        move_together(bunch, backend)
-    update_factors_together(works, backend)
-    for bunch in bunches([work for work in works if work.refresh], lambda work: work.job.layout.numel(False)):
-        refresh_together(bunch, backend)
-
-
-def alike(work: Work) -> Any:
-    """What those have in common that one operation on a list serves: hyper-parameters, step count, dtypes."""
-    return id(work.job.group), work.time, work.job.param.dtype, work.job.grad.dtype, work.job.scale
-
-
-def in_arithmetic(works: list[Work], name: str) -> list[Tensor]:
-    """A state of each, in its shape: views where that is possible, else copies."""
-    return widened(
-        [work.job.state[name].reshape(work.job.layout.shape) for work in works], arithmetic(works[0].job.param)
-    )
+        with ranges.kernel("update", partial(total, [work.move_work for work in bunch])):
+            move_together(bunch, backend)
+    for bunch in bunches(works, lambda work: work.job.layout.numel(False)):
+        update_factors(bunch, backend)
+        refresh_together([work for work in bunch if work.refresh], backend)
+        for work in bunch:
+            work.factors = []
 
 
 def move_together(works: list[Work], backend: str | None) -> None:
     """Adam in the eigenbases."""
-    grads: dict[int, Tensor] = {}
-    for members in by(works, alike):
-        own = widened([work.job.grad for work in members], arithmetic(members[0].job.param))
-        if (scale := members[0].job.scale) != 1.0:
-            own = list(torch._foreach_mul(own, scale))
-        grads |= {id(work): x for work, x in zip(members, own, strict=True)}
-    found = along_all([grads[id(work)] for work in works], [work.bases for work in works], backend)
-    projected = {id(work): x for work, x in zip(works, found, strict=True)}
-    del grads, found
+    kinds = by(works, lambda work: work.job.alike)
+    works = [work for members in kinds for work in members]
+    grads = [grad for members in kinds for grad in gradients([work.job for work in members])]
+    # From their ends, so that each is freed when it has been used.
+    projected = projected_all(works, grads, False, backend)[::-1]
+    del grads
     moving: list[Work] = []
-    updates: list[Tensor] = []
-    for members in by(works, alike):
-        first = members[0]
-        own = [projected.pop(id(work)) for work in members]
-        m, v = in_arithmetic(members, "exp_avg"), in_arithmetic(members, "exp_avg_sq")
-        torch._foreach_lerp_(m, own, 1.0 - first.betas[0])
-        torch._foreach_mul_(v, first.betas[1])
-        torch._foreach_addcmul_(v, own, own, value=1.0 - first.betas[1])
-        del own
-        for name, values in (("exp_avg", m), ("exp_avg_sq", v)):
-            stored_all([work.job.state[name] for work in members], values)
-        if first.lr == 0.0:
-            continue
-        roots = torch._foreach_sqrt(v)
-        torch._foreach_add_(roots, number(first.job.group, "eps"))
-        moving += members
-        updates += torch._foreach_div(m, roots)
-    back = [[None if q is None else q.mT for q in work.bases] for work in moving]
-    turned = {id(work): x for work, x in zip(moving, along_all(updates, back, backend), strict=True)}
-    for members in by(moving, alike):
-        params = [work.job.param.detach() for work in members]
-        weights = widened(params, arithmetic(params[0]))
-        steps = [turned[id(work)].reshape(work.job.param.shape) for work in members]
-        torch._foreach_add_(weights, steps, alpha=-members[0].size)
-        if members[0].decay != 1.0:
-            torch._foreach_mul_(weights, members[0].decay)
-        stored_all(params, weights)
+    steps: list[Tensor] = []
+    for members in kinds:
+        m, v = average(members, [projected.pop() for _ in members])
+        if members[0].lr != 0.0:
+            moving += members
+            steps += updates(members, m, v)
+    turned = projected_all(moving, steps, True, backend)[::-1]
+    for members in kinds:
+        if members[0].lr != 0.0:
+            apply(members, [turned.pop() for _ in members])
 
 
-def update_factors_together(works: list[Work], backend: str | None) -> None:
+def projected_all(works: list[Work], tensors: list[Tensor], back: bool, backend: str | None) -> list[Tensor]:
+    """Into the bases of each, by QᵀX, or out of them."""
+    with ranges.kernel("project", partial(total, [work.project_work for work in works])):
+        bases = [[q.mT if back and q is not None else q for q in work.bases] for work in works]
+        return along_all(tensors, bases, backend)
+
+
+def average(works: list[Work], projected: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """m and v of the projected gradients, of those that are alike."""
+    jobs, betas = [work.job for work in works], works[0].betas
+    m, v = states_of(jobs, "exp_avg"), states_of(jobs, "exp_avg_sq")
+    torch._foreach_lerp_(m, projected, 1.0 - betas[0])
+    torch._foreach_mul_(v, betas[1])
+    torch._foreach_addcmul_(v, projected, projected, value=1.0 - betas[1])
+    stored_all([job.state["exp_avg"] for job in jobs], m)
+    stored_all([job.state["exp_avg_sq"] for job in jobs], v)
+    return m, v
+
+
+def updates(works: list[Work], m: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+    """m/(√v + ε), of those that are alike."""
+    roots = torch._foreach_sqrt(v)
+    torch._foreach_add_(roots, number(works[0].job.group, "eps"))
+    return list(torch._foreach_div(m, roots))
+
+
+def apply(works: list[Work], steps: list[Tensor]) -> None:
+    """w ← (1 - ηλ)(w - η̂·step), of those that are alike."""
+    params = [work.job.param.detach() for work in works]
+    weights = widened(params, arithmetic(params[0]))
+    torch._foreach_add_(
+        weights, [x.reshape(w.shape) for x, w in zip(steps, weights, strict=True)], alpha=-works[0].size
+    )
+    if works[0].decay != 1.0:
+        torch._foreach_mul_(weights, works[0].decay)
+    stored_all(params, weights)
+
+
+def update_factors(works: list[Work], backend: str | None) -> None:
     """L ← βL + (1 - β)GGᵀ for each dimension, of gradients as they are stored: half types need fewer products."""
+    for work in works:
+        work.factors = work.job.layout.load(work.job.state["factors"])
     for members in by(works, lambda work: (work.shampoo_beta, work.job.scale)):
         beta, scale = members[0].shampoo_beta, members[0].job.scale
         pairs = [
@@ -542,19 +549,46 @@ def refresh_together(works: list[Work], backend: str | None) -> None:
     sides = [Side(work, dim) for work in works for dim, basis in enumerate(work.bases) if basis is not None]
     if not sides:
         return
+    with ranges.kernel("rotate", partial(total, [work.rotate_work for work in works])):
+        due = rotated(sides, backend)
+    stacks = [stack for _, _, stack, _ in due]
+    if not due:
+        return
+    with ranges.kernel("orthonormalize", partial(work_of, stacks)):
+        found = orthonormal_bases(stacks, "auto", backend)
+    with ranges.kernel("refresh"):
+        # Of each parameter, and each dimension that has one: the new basis, and where its columns were.
+        fresh: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+        for (batch, old, _, order), (new, info) in zip(due, found, strict=True):
+            # No branch on the device's numbers: nothing is to wait for them.
+            good = info.finite
+            new = torch.where(good[:, None, None], new, old)
+            order = torch.where(good[:, None], order, torch.arange(order.shape[1], device=order.device))
+            torch._foreach_add_([side.work.job.state["failed_bases"] for side in batch], list((~good).float().unbind()))
+            for side, basis, own in zip(batch, new, order, strict=True):
+                fresh.setdefault(id(side.work), {})[side.dim] = basis, own
+        turn_together([work for work in works if id(work) in fresh], fresh, backend)
+
+
+# Sides of one length and dimension; their bases, LQ in order, and that order.
+Batch = tuple[list["Side"], Tensor, Tensor, Tensor]
+
+
+def rotated(sides: list[Side], backend: str | None) -> list[Batch]:
+    """LQ of those that are to be refreshed, its columns in the order of the eigenvalues."""
     batches = by(sides, lambda side: (side.dim, len(side.basis)))
     bases = [torch.stack([side.basis for side in batch]) for batch in batches]
-    rotated = [torch.empty_like(stack) for stack in bases]
+    stacks = [torch.empty_like(stack) for stack in bases]
     multiply(
         [
             Product(side.factor[None], side.basis[None], out[None])
-            for batch, stack in zip(batches, rotated, strict=True)
+            for batch, stack in zip(batches, stacks, strict=True)
             for side, out in zip(batch, stack, strict=True)
         ],
         backend,
     )
-    due: list[tuple[list[Side], Tensor, Tensor, Tensor]] = []
-    for batch, old, stack in zip(batches, bases, rotated, strict=True):
+    due: list[Batch] = []
+    for batch, old, stack in zip(batches, bases, stacks, strict=True):
         diagonals = torch.linalg.vecdot(old, stack, dim=1)
         kept = [i for i, side in enumerate(batch) if not side.is_near(diagonals[i])]
         if len(kept) < len(batch):
@@ -562,35 +596,30 @@ def refresh_together(works: list[Work], backend: str | None) -> None:
         if batch:
             order = torch.argsort(diagonals, dim=1, descending=True, stable=True)
             due.append((batch, old, stack.gather(2, order[:, None, :].expand_as(stack)), order))
-    del bases, rotated
-    for (batch, old, _, order), (found, info) in zip(
-        due, orthonormal_bases([stack for _, _, stack, _ in due], "auto", backend), strict=True
-    ):
-        # No branch on the device's numbers: nothing is to wait for them.
-        good = info.finite
-        fresh = torch.where(good[:, None, None], found, old)
-        order = torch.where(good[:, None], order, torch.arange(order.shape[1], device=order.device))
-        failures = list((~good).float().unbind())
-        torch._foreach_add_([side.work.job.state["failed_bases"] for side in batch], failures)
-        for side, new, own in zip(batch, fresh, order, strict=True):
-            side.work.fresh[side.dim] = new, own
-    fresh_works = [work for work in works if work.fresh]
-    for members in by(fresh_works, lambda work: (work.job.layout.shape, tuple(work.fresh))):
-        v = torch.stack(in_arithmetic(members, "exp_avg_sq"))
-        for dim in members[0].fresh:
-            order = torch.stack([work.fresh[dim][1] for work in members])
+    return due
+
+
+def turn_together(works: list[Work], fresh: dict[int, dict[int, tuple[Tensor, Tensor]]], backend: str | None) -> None:
+    """v in the order of the new bases, m into them, and the bases where they are kept."""
+    for members in by(works, lambda work: (work.job.layout.shape, tuple(fresh[id(work)]))):
+        v = torch.stack(states_of([work.job for work in members], "exp_avg_sq"))
+        for dim in fresh[id(members[0])]:
+            order = torch.stack([fresh[id(work)][dim][1] for work in members])
             places = [1] * v.ndim
             places[0], places[dim + 1] = order.shape
             v = v.gather(dim + 1, order.view(places).expand_as(v))
         stored_all([work.job.state["exp_avg_sq"] for work in members], v.unbind())
-    if not fresh_works:
-        return
-    old_bases = [[q.mT if q is not None and d in w.fresh else None for d, q in enumerate(w.bases)] for w in fresh_works]
-    new_bases = [[w.fresh[d][0] if d in w.fresh else None for d in range(len(w.bases))] for w in fresh_works]
-    m = along_all(along_all(in_arithmetic(fresh_works, "exp_avg"), old_bases, backend), new_bases, backend)
-    stored_all([work.job.state["exp_avg"] for work in fresh_works], m)
-    sides = [Side(work, dim) for work in fresh_works for dim in work.fresh]
-    stored_all([side.basis for side in sides], [side.work.fresh[side.dim][0] for side in sides])
+    old: list[list[Tensor | None]] = [[None] * len(work.bases) for work in works]
+    new: list[list[Tensor | None]] = [[None] * len(work.bases) for work in works]
+    sides = []
+    for work, before, after in zip(works, old, new, strict=True):
+        for dim, (basis, _) in fresh[id(work)].items():
+            side = Side(work, dim)
+            before[dim], after[dim] = side.basis.mT, basis
+            sides.append((side.basis, basis))
+    m = along_all(along_all(states_of([work.job for work in works], "exp_avg"), old, backend), new, backend)
+    stored_all([work.job.state["exp_avg"] for work in works], m)
+    stored_all(*zip(*sides, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

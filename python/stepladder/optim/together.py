@@ -15,10 +15,11 @@ from torch import Tensor
 
 from stepladder.multiply import Product, multiply
 
-# Elements of the parameters, or of their factors, that are worked on at a time: what a step allocates is some times as
-# much.
+# Elements of the parameters, or of their factors, that are worked on at a time: 1 GiB of fp32. It bounds memory, some
+# times which a step allocates, and leaves a launch 256 matrices of 1024, more than any GPU has multiprocessors.
 MOST = 1 << 28
-# Elements to a multiple of which a buffer is cut, so that each part of it can be accessed by 16 bytes.
+# Elements to a multiple of which a buffer is cut, so that parts of fp32 begin at multiples of 256 bytes: kernels need
+# 16, and a line of the cache has 128.
 ALIGNED = 64
 
 Item = TypeVar("Item")
@@ -35,11 +36,14 @@ def by(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item
 def bunches(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
     """Neighbours of at most MOST elements together, or a single one of more."""
     bunch: list[Item] = []
+    held = 0
     for item in items:
-        if bunch and sum(map(size, bunch)) + size(item) > MOST:
+        own = size(item)
+        if bunch and held + own > MOST:
             yield bunch
-            bunch = []
+            bunch, held = [], 0
         bunch.append(item)
+        held += own
     if bunch:
         yield bunch
 
