@@ -11,6 +11,7 @@ import torch as _torch  # noqa: F401
 
 from stepladder import ops, reference
 from stepladder.accelerate import accelerate
+from stepladder.frameworks import register_with_timm, trainer_optimizer
 from stepladder.optim import (
     LAMB,
     LARS,
@@ -51,4 +52,6 @@ __all__ = [
     "param_groups",
     "qk_clip_",
     "reference",
+    "register_with_timm",
+    "trainer_optimizer",
 ]
