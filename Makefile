@@ -34,8 +34,16 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[test]'
 	@touch $@
 
+# Not with the rest, as a torchvision of another torch would replace this one: timm asks for any. A torch that none was
+# published for goes without.
+$(VENV)/.frameworks: pyproject.toml | $(VENV)/.built
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt
+	@wanted=$$($(BIN)/python -c 'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("stepladder") if "frameworks" in r))') && \
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint $(VENV)/torch.txt $$wanted && touch $@ || \
+	  echo "The extra 'frameworks' could not be installed beside this torch: its tests will be skipped" >&2
+
 # Passive: workers that spin between the many small steps would only slow a machine that is shared.
-test: build
+test: build $(VENV)/.frameworks
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 # The CUDA kernels in the emulator, under the compiler's sanitizers, then with its own detector of races.

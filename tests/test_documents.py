@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
+from libraries import library
 from markdown_it import MarkdownIt
 
 import stepladder as sl
@@ -22,6 +23,8 @@ from stepladder.cli import main
 
 ROOT = Path(__file__).parents[1]
 SHOWN = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+# Of the blocks of a document.
+LIBRARIES = {"docs/frameworks.md": ("transformers", "accelerate", "lightning", "timm")}
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
@@ -43,6 +46,8 @@ def code(path):
 @pytest.mark.parametrize("path", [path for path in SHOWN if code(path)], ids=name)
 def test_code(path, tmp_path, monkeypatch):
     """A document's blocks run one after another, as a reader would type them."""
+    for needed in LIBRARIES.get(name(path), ()):
+        library(needed)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in code(path):
@@ -54,7 +59,7 @@ def test_documents_with_code():
     """None of them is passed over."""
     written = {name(path) for path in SHOWN if "```python" in path.read_text(encoding="utf-8")}
     assert written == {name(path) for path in SHOWN if code(path)}
-    assert {"README.md", "docs/getting-started.md", "docs/migration.md", "docs/muon.md"} <= written
+    assert {"README.md", "docs/getting-started.md", "docs/migration.md", "docs/muon.md", *LIBRARIES} <= written
 
 
 def commands(path):

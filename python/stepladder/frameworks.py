@@ -63,7 +63,7 @@ def trainer_optimizer(optimizer: type[Mixed], **options: Any) -> tuple[Callable[
 
 
 def register_with_timm() -> None:
-    """Register every optimizer of this package with timm, under its name in lower case after "stepladder_".
+    """Register every optimizer of this package with timm, by its name in lower case: "stepladder_adamw" and so on.
 
     >>> sl.register_with_timm()
     >>> optimizer = timm.optim.create_optimizer_v2(model, opt="stepladder_muon", lr=0.02, weight_decay=0.05)

@@ -33,8 +33,9 @@ class Options(TypedDict, total=False):
         seed: Of the stochastic rounding; None takes torch.initial_seed(). Travels in checkpoints.
         max_norm: Clip the norm of all gradients to this before they are used, without writing them back.
         foreach: Accepted for compatibility, without effect.
-        fused: Likewise.
-        differentiable: Likewise; True is refused.
+        fused: False leaves GradScaler's scale to the scaler, as torch's unfused optimizers do: then it can be clipped
+            by others between `unscale_` and the step. Otherwise without effect.
+        differentiable: Accepted for compatibility; True is refused.
         capturable: Steps inside CUDA graphs.
     """
 
@@ -93,6 +94,7 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
         checks.options(defaults)
         self._backend = backend
         self._max_norm = None if max_norm is None else float(max_norm)
+        self._step_supports_amp_scaling = options.get("fused") is not False
         self._engine = self._new_engine()
         super().__init__(params, defaults)
 
@@ -278,7 +280,8 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_backend": self._backend, "_max_norm": self._max_norm}
+        kept = ("_backend", "_max_norm", "_step_supports_amp_scaling")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
