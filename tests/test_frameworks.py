@@ -23,6 +23,12 @@ MATRIX = ("Muon", "MuonH", "SOAP", "Shampoo")
 LIBRARIES = ("accelerate", "lightning", "pytorch_lightning", "timm", "torchvision", "transformers")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_deterministic):
+    """Models as small as these gain nothing from a second."""
+    torch.set_num_threads(1)
+
+
 def same(ours: nn.Module, theirs: nn.Module) -> None:
     """Every value of one model has the bits of the other's."""
     other = theirs.state_dict()
