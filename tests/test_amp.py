@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -210,6 +211,29 @@ def test_the_scalers_attributes_are_read_and_gone_afterwards():
     scaler.step(optimizer)
     assert not hasattr(optimizer, "grad_scale")
     assert not hasattr(optimizer, "found_inf")
+
+
+@pytest.mark.parametrize("fused", [None, True, False])
+@pytest.mark.parametrize("cls", [sl.AdamW, sl.Muon])
+def test_fused_false_leaves_the_scale_to_the_scaler(cls: Any, fused: bool | None):
+    """As torch's unfused optimizers do; copies, pickles and checkpoints change nothing about it."""
+    w = torch.nn.Parameter(torch.randn(4, 6))
+    optimizer, twin = cls([w], lr=0.1, fused=fused), cls([copy_of(w)], lr=0.1)
+    optimizer = pickle.loads(pickle.dumps(optimizer))
+    optimizer.load_state_dict(optimizer.state_dict())
+    (v,), (u,) = optimizer.param_groups[0]["params"], twin.param_groups[0]["params"]
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(getattr(optimizer, "grad_scale", None)))
+    gradient, scaler = torch.randn(4, 6), new_scaler()
+    for skipped in (True, False):
+        v.grad = gradient * scaler.get_scale() * (math.inf if skipped else 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    u.grad = gradient.clone()
+    twin.step()
+    assert torch.equal(v, u)
+    # The scaler itself takes the scale out, and does not call a step that is to be skipped.
+    assert [scale is None for scale in calls] == ([True] if fused is False else [False, False])
 
 
 def test_a_disabled_scaler_is_no_scaler():

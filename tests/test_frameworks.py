@@ -233,7 +233,7 @@ def test_timm_takes_groups_as_they_are(timm):
 
 def test_timm_refuses(timm):
     model = vit(timm)
-    with pytest.raises(ValueError, match=r"parameter of shape \(2, 2\) that is none of the model's"):
+    with pytest.raises(ValueError, match=r"parameter of shape \(2, 2\) that is none of the model's trainable ones"):
         timm.optim.create_optimizer_v2(
             model, opt="stepladder_muon", param_group_fn=lambda _: [nn.Parameter(torch.zeros(2, 2))]
         )

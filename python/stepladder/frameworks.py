@@ -174,7 +174,9 @@ def _divided(family: type[Mixed], routes: list[Group], groups: list[Group], rout
         for item in group["params"]:
             param = item[1] if isinstance(item, tuple) else item
             if param not in places:
-                raise ValueError(f"a group has a parameter of shape {tuple(param.shape)} that is none of the model's")
+                raise ValueError(
+                    f"a group has a parameter of shape {tuple(param.shape)} that is none of the model's trainable ones"
+                )
             route, name = places[param]
             if group.get("use_fallback") and route["algorithm"] == family.algorithm:
                 route = others
