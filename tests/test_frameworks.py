@@ -239,8 +239,11 @@ def test_timm_refuses(timm):
         )
     with pytest.raises(ValueError, match="dimension"):
         timm.optim.create_optimizer_v2(model.parameters(), opt="stepladder_muon")
-    with pytest.raises(ValueError, match="not found"):
-        timm.optim.create_optimizer_v2(model, opt="stepladder_nothing")
+    for opt in ("stepladder_nothing", "stepladder_", "stepladder_lookahead_muon"):
+        with pytest.raises(ValueError, match="not found"):
+            timm.optim.create_optimizer_v2(model, opt=opt)
+    with pytest.raises(TypeError, match="adamw must be a mapping"):
+        timm.optim.create_optimizer_v2(model, opt="stepladder_muon", adamw=3e-4)
 
 
 # The Trainer of transformers

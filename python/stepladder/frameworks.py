@@ -128,7 +128,7 @@ def register_with_timm() -> None:
 
 
 def _unsplit(name: str) -> str:
-    return PREFIX.replace("_", "-") + name
+    return (PREFIX + name).replace("_", "-")
 
 
 def _for_timm(family: type[Mixed], params: Iterable[Any], model: nn.Module | None = None, **options: Any) -> Mixed:
@@ -148,10 +148,11 @@ def _for_timm(family: type[Mixed], params: Iterable[Any], model: nn.Module | Non
 
 def _routed(family: type[Mixed], model: nn.Module, groups: list[Group] | None = None, **options: Any) -> Mixed:
     """An optimizer over the parameters of `groups`, or all of the model's, each with what param_groups() decides."""
+    # An optimizer's own momentum is a number, the options of the algorithm of that name are not.
     routing = {
         key: value
         for key, value in options.items()
-        if key in _ROUTING or (key in ALGORITHMS and isinstance(value, Mapping))
+        if key in _ROUTING or (key in ALGORITHMS and (key != "momentum" or isinstance(value, Mapping)))
     }
     routes = param_groups(model, algorithm=family.algorithm, **routing)
     divided = list(routes) if groups is None else _divided(family, routes, groups, routing)
