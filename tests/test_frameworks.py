@@ -435,6 +435,20 @@ def test_accelerate_is_a_bare_loop_and_resumes(accelerator, tmp_path, accumulate
     same(again[0], model)
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_accelerate_sees_skipped_steps_that_the_scaler_skips(accelerator, fused):
+    accelerator()
+    model = mlp()
+    scaler = torch.amp.GradScaler("cpu")
+    own = library("accelerate.optimizer").AcceleratedOptimizer(muon(model, fused=fused), scaler=scaler)
+    before = copy.deepcopy(model)
+    (x, y), *_ = batches()
+    (scaler.scale(loss_of(model, x, y)) * float("inf")).backward()
+    own.step()
+    same(model, before)
+    assert own.step_was_skipped == (fused is False)
+
+
 # Lightning
 
 
