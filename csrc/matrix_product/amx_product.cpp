@@ -206,7 +206,9 @@ class Updates {
 };
 
 // 32×32 sums of six products of parts, from two strips of each operand.
-inline void multiply_block(const char* left, const char* right, int64_t strip, int64_t tiles, Updates& updates) {
+// Meanwhile the rows of C that they are for are fetched.
+inline void multiply_block(const char* left, const char* right, int64_t strip, int64_t tiles, const float* c,
+                           int64_t c_stride, int64_t rows, Updates& updates) {
   constexpr int kRow = kBlock * sizeof(float);
   // The compiler does not know that tiles are loaded from memory, and stored to it.
   asm volatile("" ::: "memory");
@@ -240,6 +242,10 @@ inline void multiply_block(const char* left, const char* right, int64_t strip, i
     SL_MULTIPLY();
     SL_LEFT(2);
     SL_MULTIPLY();
+    for (int64_t r = kBlock * t / tiles; r < std::min(rows, kBlock * (t + 1) / tiles); ++r) {
+      _mm_prefetch(reinterpret_cast<const char*>(c + r * c_stride), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(c + r * c_stride + kTile), _MM_HINT_T0);
+    }
     updates.advance(t, tiles);
   }
   float* const sums = updates.next_sums();
@@ -266,10 +272,11 @@ void multiply_task(const Product& p, const Vectors& b, int64_t d, int64_t depth,
   for (int64_t r = top; r < bottom; r += kBlock) {
     for (int64_t c = begin; c < end; c += kBlock) {
       if (p.symmetric && r + kBlock <= c) break;  // above the diagonal
-      multiply_block(packed_a + (r - panel) / kTile * strip, packed_b + (c - begin) / kTile * strip, strip, tiles,
-                     updates);
-      updates.push(p.c.data + r * p.c.row_stride + c, std::min<int64_t>(kBlock, bottom - r),
-                   std::min<int64_t>(kBlock, end - c));
+      float* const to = p.c.data + r * p.c.row_stride + c;
+      const int64_t rows = std::min<int64_t>(kBlock, bottom - r);
+      multiply_block(packed_a + (r - panel) / kTile * strip, packed_b + (c - begin) / kTile * strip, strip, tiles, to,
+                     p.c.row_stride, rows, updates);
+      updates.push(to, rows, std::min<int64_t>(kBlock, end - c));
     }
   }
   updates.advance(0, 1);
