@@ -31,6 +31,7 @@ constexpr int kBlock = 2 * kTile;           // side of a block of the product: f
 constexpr int64_t kDepth = 768;             // packed at a time, of
 constexpr int64_t kTaskColumns = 256;       // columns of B, 1.1 MiB, which stay in L2, and
 constexpr int64_t kPanel = 3072;            // rows of A, 14 MiB, which all threads share
+constexpr int64_t kTogether = 4;            // strips of A that a thread packs
 constexpr int kScaled = 58;   // exponent of the largest element: kDepth products of two are below the largest fp32
 constexpr int kLeast = -103;  // the least exponent of an element whose lowest bit is a normal number
 constexpr int kLeastProduct = -102;  // the least one of a product that loses nothing by what is flushed
@@ -156,6 +157,17 @@ void pack(const Vectors& v, int64_t depth, int scale, char* to) {
   }
 }
 
+// Strips of vectors, which lie `strip` bytes apart. Where neighbours in memory are elements of different vectors, all
+// strips are packed a tile at a time: whole lines of memory are then read at once.
+template <bool kRight>
+void pack_strips(const Vectors& v, int64_t depth, int scale, int64_t strips, int64_t strip, char* to) {
+  const int64_t run = v.stride == 1 ? kTileDepth : depth;
+  for (int64_t d = 0; d < depth; d += run)
+    for (int64_t s = 0; s < strips; ++s)
+      pack<kRight>(v.from(std::min(s * kTile, v.count), d, kTile), std::min(run, depth - d), scale,
+                   to + s * strip + d / kTileDepth * kStep);
+}
+
 // C <- alpha 2^-scale sums + beta C of the block before, a part after each tile along k: the matrix unit works beside
 // the others.
 class Updates {
@@ -266,9 +278,7 @@ void multiply_task(const Product& p, const Vectors& b, int64_t d, int64_t depth,
                    int b_scale) {
   Updates updates(p.alpha, d == 0 ? p.beta : 1.0f, a_scale + b_scale, p.c.row_stride);
   const int64_t tiles = over(depth, kTileDepth), strip = tiles * kStep, strips = 2 * over(end - begin, kBlock);
-  for (int64_t s = 0; s < strips; ++s)
-    pack<true>(b.from(std::min(begin + s * kTile, end), d, std::max<int64_t>(0, end - begin - s * kTile)), depth,
-               b_scale, packed_b + s * strip);
+  pack_strips<true>(b.from(begin, d, end - begin), depth, b_scale, strips, strip, packed_b);
   for (int64_t r = top; r < bottom; r += kBlock) {
     for (int64_t c = begin; c < end; c += kBlock) {
       if (p.symmetric && r + kBlock <= c) break;  // above the diagonal
@@ -313,9 +323,10 @@ void multiply(const Product& p, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
       {
         _tile_loadconfig(&kWholeTiles);
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t s = 0; s < strips; ++s)
-          pack<false>(a.from(std::min(i + s * kTile, p.m), d, kTile), deep, a_scale, packed_a + s * used);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t s = 0; s < strips; s += kTogether)
+          pack_strips<false>(a.from(std::min(i + s * kTile, p.m), d, kTogether * kTile), deep, a_scale,
+                             std::min(kTogether, strips - s), used, packed_a + s * used);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < tasks; ++t) {
           const int64_t begin = t % column_tasks * kTaskColumns, end = std::min(width, begin + kTaskColumns);
