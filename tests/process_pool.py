@@ -42,6 +42,16 @@ GRACE_S = 2.0
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
 
 
+PRELOADED = [
+    "stepladder",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor",
+    "torch.testing",
+]
+
+
 class RankError(AssertionError):
     """Some ranks raised, died, or did not answer.
 
@@ -132,7 +142,7 @@ class ProcessPool:
         forks = "forkserver" in multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:  # the ranks share what is imported once
-            context.set_forkserver_preload(["stepladder", "torch.distributed.fsdp"])
+            context.set_forkserver_preload(PRELOADED)
         self._directory = tempfile.TemporaryDirectory()  # where new groups meet too
         store = str(Path(self._directory.name) / "store")
         with mock.patch.dict(os.environ, ENVIRONMENT):
