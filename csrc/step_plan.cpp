@@ -314,7 +314,11 @@ bool StepPlan::states_still_valid(const Bound& bound, PyObject* mapping) {
   TensorView view;
   const auto valid = [&](const py::object& key, const py::object& value, const void* data, bool distributed) {
     states_shared_ = states_shared_ || shared(value);
-    if (distributed) states_shared_ = states_shared_ || shared(value.attr(local_name()));
+    if (distributed) {
+      const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(value.ptr(), local_name()));
+      if (!local) throw py::error_already_set();
+      states_shared_ = states_shared_ || shared(local);
+    }
     return PyDict_GetItem(bound.state.ptr(), key.ptr()) == value.ptr() && read(value.ptr(), distributed, &view) &&
            view.data == data;
   };

@@ -7,6 +7,7 @@ every rank takes part in it, also one that has no gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -160,11 +161,12 @@ def whole_partials(partials: Sequence[float], params: Sequence[Any], largest: bo
         if is_distributed(param):
             alike.setdefault((param.device_mesh, sharded_dims(param)), (param, []))[1].append(part)
     heads = [head for head, _ in alike.values()]
-    sums = [
-        torch.tensor(max(held) if largest else sum(held), dtype=torch.float64, device=local(head).device)
-        for head, held in alike.values()
-    ]
-    return parts + [float(value) for value in over_shards(sums, heads, largest)]
+    here = [torch.tensor(held, dtype=torch.float64, device=local(head).device) for head, held in alike.values()]
+    if not largest:
+        return parts + [float(value) for value in over_shards([x.sum() for x in here], heads)]
+    # A maximum over ranks may pass over NaN, so that it goes beside.
+    pairs = [torch.stack((x.nan_to_num(nan=0.0, posinf=math.inf).max(), x.isnan().any().double())) for x in here]
+    return parts + [math.nan if nan else float(x) for x, nan in over_shards(pairs, heads, largest)]
 
 
 def on_any_rank(flag: bool, params: Iterable[Any]) -> bool:
