@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import CASES, Case, assert_same, gradient, same_bits
-from process_pool import ProcessPools
+from process_pool import ENVIRONMENT, ProcessPools
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -585,3 +588,15 @@ def scaled_steps(overflow: bool) -> tuple[list[float], float, bool]:
 def test_a_gradient_scaler_skips_on_all_ranks(pools: ProcessPools):
     assert pools(2).run(scaled_steps, False) == [([1.0, 2.0, 3.0], 8.0, True)] * 2
     assert pools(2).run(scaled_steps, True) == [([1.0, 1.0, 2.0], 8.0, True)] * 2
+
+
+def test_the_example_of_the_documents_trains():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    example = Path(__file__).parents[1] / "examples" / "train_fsdp2.py"
+    environment = os.environ | ENVIRONMENT
+    output = subprocess.run(
+        [*command, example], env=environment, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in output.splitlines() if line.startswith("step")]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] / 4
