@@ -168,6 +168,7 @@ StepPlan::StepPlan(py::object exchange, py::object describe, py::object shares_m
                    py::object triton)
     : reader_(std::move(exchange), std::move(describe)),
       tensor_type_(py::module_::import("torch").attr("Tensor")),
+      parameter_type_(py::module_::import("torch.nn").attr("Parameter")),
       kernels_(cpu_kernels(nullptr)),
       shares_memory_(std::move(shares_memory)),
       stream_(std::move(stream)),
@@ -277,7 +278,8 @@ bool StepPlan::read(PyObject* tensor, bool distributed, TensorView* view) {
     return false;
   }
   // One that a collective is still to fill has a type of its own.
-  return reinterpret_cast<PyObject*>(Py_TYPE(local.ptr())) == tensor_type_.ptr() && reader_.read(local.ptr(), view);
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(local.ptr()));
+  return (type == tensor_type_.ptr() || type == parameter_type_.ptr()) && reader_.read(local.ptr(), view);
 }
 
 bool StepPlan::still_valid(int index, PyObject* mapping) {

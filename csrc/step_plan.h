@@ -203,7 +203,7 @@ class StepPlan {
   gpu::Stream stream_of(const Place& place) const;
 
   TensorReader reader_;
-  py::object tensor_type_;  // torch.Tensor
+  py::object tensor_type_, parameter_type_;  // torch.Tensor, torch.nn.Parameter
   const CpuKernels* kernels_;
   py::object shares_memory_;
   py::object stream_, triton_;

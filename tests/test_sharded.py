@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import CASES, Case, assert_same, gradient, same_bits
-from process_pool import ENVIRONMENT, ProcessPools
+from process_pool import ENVIRONMENT, ProcessPools, RankError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -219,10 +219,20 @@ def run_engine(kind: str, dtype: torch.dtype) -> None:
             assert same_bits(same, q), (str(case), tuple(q.shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+ENGINES = [("DDP", 2), ("DDP", 3), ("ZeRO", 2), ("ZeRO", 4), ("FSDP2", 2), ("FSDP2", 3), ("FSDP2", 4), ("HSDP", 4)]
+# What is not large tries every engine, and FSDP2 with each number of ranks.
+LARGE = {("DDP", 3, torch.float32), ("ZeRO", 4, torch.float32)} | {
+    (kind, ranks, torch.bfloat16) for kind, ranks in ENGINES if (kind, ranks) not in (("FSDP2", 3), ("HSDP", 4))
+}
+
+
 @pytest.mark.parametrize(
-    ("kind", "ranks"),
-    [("DDP", 2), ("DDP", 3), ("ZeRO", 2), ("ZeRO", 4), ("FSDP2", 2), ("FSDP2", 3), ("FSDP2", 4), ("HSDP", 4)],
+    ("kind", "ranks", "dtype"),
+    [
+        pytest.param(kind, ranks, dtype, marks=[pytest.mark.large] * ((kind, ranks, dtype) in LARGE))
+        for kind, ranks in ENGINES
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
 )
 def test_engines_have_the_bits_of_one_process(pools: ProcessPools, kind: str, ranks: int, dtype: torch.dtype):
     pools(ranks).run(run_engine, kind, dtype)
@@ -588,6 +598,28 @@ def scaled_steps(overflow: bool) -> tuple[list[float], float, bool]:
 def test_a_gradient_scaler_skips_on_all_ranks(pools: ProcessPools):
     assert pools(2).run(scaled_steps, False) == [([1.0, 2.0, 3.0], 8.0, True)] * 2
     assert pools(2).run(scaled_steps, True) == [([1.0, 1.0, 2.0], 8.0, True)] * 2
+
+
+def die_in_a_step(cls: type[Any], options: dict[str, Any]) -> str:
+    layout = ((dist.get_world_size(),), (Shard(0),))
+    p, plain = torch.nn.Parameter(distributed(normal((6, 5), 0), layout)), torch.nn.Parameter(torch.ones(3))
+    optimizer = cls([p, plain], lr=0.1, **options)
+    p.grad, plain.grad = distributed(normal((6, 5), 1), layout), torch.ones(3)
+    before = held(p).clone()
+    if dist.get_rank() == 1:
+        os._exit(9)
+    with pytest.raises(RuntimeError, match=r"the all_reduce of norms over dimension 0 of .* failed") as failed:
+        optimizer.step()
+    assert torch.equal(held(p), before)
+    assert torch.equal(plain, torch.ones(3))
+    return str(failed.value)
+
+
+@pytest.mark.parametrize(("cls", "options"), [(sl.LAMB, {}), (sl.AdamW, {"max_norm": 1.0})])
+def test_the_death_of_a_rank_ends_the_others_step(pools: ProcessPools, cls: type[Any], options: dict[str, Any]):
+    with pytest.raises(RankError, match="rank 1 of 3 died with exit code 9") as failed:
+        pools(3).run(die_in_a_step, cls, options)
+    assert set(failed.value.results) == {0, 2}
 
 
 def test_the_example_of_the_documents_trains():

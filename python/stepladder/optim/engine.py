@@ -135,7 +135,8 @@ def check_gradient(grad: Tensor, param: Tensor, optimizer_name: str, where: str)
     sharding.check_companion(grad, param, f"the gradient of {where}")
     if grad.layout != torch.strided:
         raise RuntimeError(f"{optimizer_name} does not support sparse gradients, got {grad.layout} for {where}")
-    check_plain(local(grad), f"the gradient of {where}")
+    if not sharding.is_under_way(grad):
+        check_plain(local(grad), f"the gradient of {where}")
     if grad.dtype not in DTYPES + COMPLEX_DTYPES or grad.is_complex() != param.is_complex():
         raise TypeError(f"the gradient of {where} has dtype {grad.dtype}, which does not fit its {param.dtype}")
     if grad.shape != param.shape:
@@ -147,9 +148,7 @@ def check_gradient(grad: Tensor, param: Tensor, optimizer_name: str, where: str)
 
 
 def check_plain(tensor: Tensor, what: str) -> None:
-    """Refuse a tensor subclass that has no memory of its own, but for what a collective is still to fill."""
-    if hasattr(tensor, "wait"):
-        return
+    """Refuse a tensor subclass that has no memory of its own."""
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "_local_tensor"):
         raise TypeError(f"{what} is a {type(tensor).__name__}, expected a plain tensor")
 
@@ -334,6 +333,7 @@ class Engine:
                 device is not None
                 and factor is None
                 and not clips_shards
+                and not self._norm_shards
                 and all(x is None or is_on_gpu(x) for x in (found_inf, grad_scale))
             )
             if capturing and not on_device:
@@ -354,11 +354,12 @@ class Engine:
                 if self.max_norm is not None:
                     with ranges.phase("norm"):
                         factor = clip_factor(self._norm(optimizer, inverse_scale), self.max_norm)
+            norms = self._whole_norms(optimizer, inverse_scale, factor)
             with ranges.phase("run"):
                 plan.run(inverse_scale, factor, torch.get_num_threads(), announce)
-            if self._referred or self._norm_shards:
+            if self._referred:
                 with ranges.kernel("reference"):
-                    self._run_reference(optimizer, inverse_scale, factor)
+                    self._run_reference(optimizer, inverse_scale, factor, norms)
         finally:
             with ranges.phase("release"):
                 plan.release()
@@ -578,17 +579,20 @@ class Engine:
         self._grad_norm, self._norm_on_device = norm, False
         return norm
 
-    def _run_reference(self, optimizer: torch.optim.Optimizer, inverse_scale: float | None, factor: float) -> None:
-        scaled = {"inverse_scale": inverse_scale, "clip_factor": factor}
-        todo = self._referred_parameters(optimizer)
-        norms = self._whole_norms(optimizer, scaled, [index for index, _, _ in todo])
-        for index, param, group in todo:
+    def _run_reference(
+        self,
+        optimizer: torch.optim.Optimizer,
+        inverse_scale: float | None,
+        factor: float,
+        norms: dict[int, Tensor],
+    ) -> None:
+        for index, param, group in self._referred_parameters(optimizer):
             state = optimizer.state.get(param, {})
             rounding, first = None, 0
             if group.get("stochastic_rounding") and param.dtype == torch.bfloat16:
                 rounding = (group["seed"], int(state["step"]) + 1, index)
                 first = sharding.first_element(param, f"parameter {index}")
-            update = self._update(optimizer, index, param, group) | scaled
+            update = self._update(optimizer, index, param, group, inverse_scale, factor)
             reference.step_parameter(**update, rounding=rounding, first=first, norms=norms.get(index))
             if is_distributed(param):
                 torch._C._increment_version([param])
@@ -596,7 +600,15 @@ class Engine:
             if has_step(self.family.of(group), group):
                 state["step"] += 1
 
-    def _update(self, optimizer: torch.optim.Optimizer, index: int, param: Tensor, group: Group) -> dict[str, Any]:
+    def _update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        index: int,
+        param: Tensor,
+        group: Group,
+        inverse_scale: float | None,
+        factor: float,
+    ) -> dict[str, Any]:
         """What the reference is told of a parameter's step."""
         assert param.grad is not None
         family = self.family.of(group)
@@ -610,19 +622,21 @@ class Engine:
             "states": [local(state[name]) for name in RULES[rule]["states"]],
             "hyper": {name: _plain(group[name]) for name in RULES[rule]["hyper"]},
             "time": timed,
+            "inverse_scale": inverse_scale,
+            "clip_factor": factor,
             "negate": bool(group.get("maximize")),
         }
 
     def _whole_norms(
-        self, optimizer: torch.optim.Optimizer, scaled: dict[str, Any], referred: list[int]
+        self, optimizer: torch.optim.Optimizer, inverse_scale: float | None, factor: float
     ) -> dict[int, Tensor]:
         """The norms that rules take of parameters of which this rank has shards, by index; each [number of norms]."""
         if not self._norm_shards:
             return {}
         squares = []
         for index, param, group in self._norm_shards:
-            if index in referred:
-                update = self._update(optimizer, index, param, group) | scaled
+            if param.grad is not None:
+                update = self._update(optimizer, index, param, group, inverse_scale, factor)
                 squares.append(reference.norm_squares(**update).double())
             else:
                 squares.append(torch.zeros(_NORMS, dtype=torch.float64, device=local(param).device))

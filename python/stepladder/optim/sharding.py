@@ -43,17 +43,27 @@ def check_placements(param: Any, where: str) -> None:
         raise TypeError(f"{where} {layout(param)}, expected Shard and Replicate: redistribute() it first")
 
 
+def is_under_way(tensor: Tensor) -> bool:
+    """Whether a collective is still to fill a tensor's local part."""
+    return hasattr(local(tensor), "wait")
+
+
 def check_companion(tensor: Any, param: Any, what: str) -> None:
-    """Refuse a gradient or state that is distributed where its parameter is not, or on another mesh.
+    """Refuse a gradient or state that is distributed where its parameter is not, on another mesh, or in other pieces.
 
     Raises:
         TypeError: Names the placements of both.
+        ValueError: Placements agree, but not the shapes of what this rank has.
     """
-    if is_distributed(tensor) == is_distributed(param) and (
-        not is_distributed(param) or tensor.device_mesh == param.device_mesh
-    ):
+    if not is_distributed(tensor) and not is_distributed(param):
         return
-    raise TypeError(f"{what} {layout(tensor)}, its parameter {layout(param)}: expected the parameter's mesh")
+    if is_distributed(tensor) != is_distributed(param) or tensor.device_mesh != param.device_mesh:
+        raise TypeError(f"{what} {layout(tensor)}, its parameter {layout(param)}: expected the parameter's mesh")
+    if tuple(tensor.placements) == tuple(param.placements) and local(tensor).shape != local(param).shape:
+        raise ValueError(
+            f"{what} has a shard of shape {tuple(local(tensor).shape)} on this rank, expected the parameter's "
+            f"{tuple(local(param).shape)}"
+        )
 
 
 def check_state(tensor: Any, param: Any, what: str) -> None:
@@ -74,8 +84,8 @@ def settled(grad: Any, param: Any) -> Tensor:
     if tuple(grad.placements) != tuple(param.placements):
         grad = grad.redistribute(placements=param.placements)
     held = local(grad)
-    if type(held) is not Tensor:
-        held = held.wait()  # type: ignore[attr-defined]  # of a collective that is under way
+    if is_under_way(grad):
+        held = held.wait()  # type: ignore[attr-defined]
     held = held.resolve_conj().resolve_neg()
     if held is local(grad):
         result: Tensor = grad
@@ -138,7 +148,10 @@ def over_shards(values: Sequence[Tensor], params: Sequence[Any], largest: bool =
     for (mesh, dims), indices in members.items():
         packed = torch.stack([whole[index] for index in indices])
         for dim in dims:
-            dist.all_reduce(packed, op, group=mesh.get_group(dim))
+            try:
+                dist.all_reduce(packed, op, group=mesh.get_group(dim))
+            except RuntimeError as error:
+                raise RuntimeError(f"the all_reduce of norms over dimension {dim} of {mesh} failed: {error}") from error
         for index, value in zip(indices, packed, strict=True):
             whole[index] = value
     return whole
