@@ -229,7 +229,13 @@ LARGE = {("DDP", 3, torch.float32), ("ZeRO", 4, torch.float32)} | {
 @pytest.mark.parametrize(
     ("kind", "ranks", "dtype"),
     [
-        pytest.param(kind, ranks, dtype, marks=[pytest.mark.large] * ((kind, ranks, dtype) in LARGE))
+        pytest.param(
+            kind,
+            ranks,
+            dtype,
+            marks=[pytest.mark.large] * ((kind, ranks, dtype) in LARGE),
+            id=f"{kind}-{ranks}-{dtype}",
+        )
         for kind, ranks in ENGINES
         for dtype in (torch.float32, torch.bfloat16)
     ],
