@@ -190,7 +190,8 @@ PYBIND11_MODULE(SL_MODULE, m) {
       .def("reset", &StepPlan::reset)
       .def("refresh", &StepPlan::refresh)
       .def("bind", &StepPlan::bind, py::arg("index"), py::arg("backend"), py::arg("grad"), py::arg("state"),
-           py::arg("step"), py::arg("clock"), py::arg("timed"), py::arg("fresh"), py::arg("negate"), py::arg("seed"))
+           py::arg("step"), py::arg("clock"), py::arg("timed"), py::arg("fresh"), py::arg("negate"), py::arg("seed"),
+           py::arg("first") = 0)
       .def("bind_gradients", &StepPlan::bind_gradients)
       .def("skip", &StepPlan::skip)
       .def("active", &StepPlan::active)

@@ -47,6 +47,27 @@ bool same_choice(PyObject* before, PyObject* now) {
   return equal == 1;
 }
 
+// What torch's DTensor calls the memory that this rank has of it, and the way in which it lies on the ranks.
+PyObject* local_name() {
+  static PyObject* name = interned("_local_tensor");
+  return name;
+}
+
+PyObject* spec_name() {
+  static PyObject* name = interned("_spec");
+  return name;
+}
+
+bool is_distributed(const py::handle& tensor) { return PyObject_HasAttr(tensor.ptr(), local_name()) == 1; }
+
+// Compares by identity first, which is how FSDP has it.
+bool lies_as(PyObject* tensor, const py::object& spec) {
+  const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, spec_name()));
+  const int equal = now ? PyObject_RichCompareBool(now.ptr(), spec.ptr(), Py_EQ) : -1;
+  if (equal < 0) throw py::error_already_set();
+  return equal == 1;
+}
+
 bool flag(PyObject* tensor, PyObject* method) {
   const auto result = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, method));
   if (!result) throw py::error_already_set();
@@ -146,6 +167,8 @@ void StepPlan::Signature::assign(const TensorView& view) {
 StepPlan::StepPlan(py::object exchange, py::object describe, py::object shares_memory, py::object stream,
                    py::object triton)
     : reader_(std::move(exchange), std::move(describe)),
+      tensor_type_(py::module_::import("torch").attr("Tensor")),
+      parameter_type_(py::module_::import("torch.nn").attr("Parameter")),
       kernels_(cpu_kernels(nullptr)),
       shares_memory_(std::move(shares_memory)),
       stream_(std::move(stream)),
@@ -247,23 +270,39 @@ bool StepPlan::is_at_hand(const Group& group, const TensorView& lr) const {
                      [&](int e) { return e != kOnCpu && places_[e].device == lr.device; });
 }
 
+bool StepPlan::read(PyObject* tensor, bool distributed, TensorView* view) {
+  if (!distributed) return reader_.read(tensor, view);
+  const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, local_name()));
+  if (!local) {
+    PyErr_Clear();
+    return false;
+  }
+  // One that a collective is still to fill has a type of its own.
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(local.ptr()));
+  return (type == tensor_type_.ptr() || type == parameter_type_.ptr()) && reader_.read(local.ptr(), view);
+}
+
 bool StepPlan::still_valid(int index, PyObject* mapping) {
   Bound& bound = bound_[index];
   Tensor& tensor = plan_.tensors[index];
   if (!bound.bound) return false;
 
+  const bool distributed = static_cast<bool>(bound.param_spec);
   TensorView view;
-  if (!reader_.read(bound.param.ptr(), &view) || view.data != tensor.columns[kParam].data ||
+  if (!read(bound.param.ptr(), distributed, &view) || view.data != tensor.columns[kParam].data ||
       !bound.param_signature.matches(view))
     return false;
-  if (Py_TYPE(bound.grad.ptr()) != bound.grad_type || !reader_.read(bound.grad.ptr(), &view) ||
+  if (Py_TYPE(bound.grad.ptr()) != bound.grad_type || !read(bound.grad.ptr(), distributed, &view) ||
       !(view.device == bound.device) || !bound.grad_signature.matches(view))
+    return false;
+  if (distributed && !(lies_as(bound.param.ptr(), bound.param_spec) && lies_as(bound.grad.ptr(), bound.grad_spec)))
     return false;
   static PyObject* is_neg = interned("is_neg");
   static PyObject* is_conj = interned("is_conj");
   if (bound.may_be_lazy && (flag(bound.grad.ptr(), is_neg) || flag(bound.grad.ptr(), is_conj))) return false;
   void* grad_data = view.data;
 
+  // The sizes belong to the local tensor, the rest of whose record is near.
   bound.footprint.grad = reinterpret_cast<const char*>(view.sizes) - sizes_offset_;
   bound.footprint.grad_object = reinterpret_cast<const char*>(bound.grad.ptr());
   if (!states_trusted_ && !states_still_valid(bound, mapping)) return false;
@@ -275,9 +314,14 @@ bool StepPlan::states_still_valid(const Bound& bound, PyObject* mapping) {
   // Referred to by the optimizer's state and by the plan: anyone else may change it unseen.
   const auto shared = [](const py::object& object) { return Py_REFCNT(object.ptr()) > 2; };
   TensorView view;
-  const auto valid = [&](const py::object& key, const py::object& value, const void* data) {
+  const auto valid = [&](const py::object& key, const py::object& value, const void* data, bool distributed) {
     states_shared_ = states_shared_ || shared(value);
-    return PyDict_GetItem(bound.state.ptr(), key.ptr()) == value.ptr() && reader_.read(value.ptr(), &view) &&
+    if (distributed) {
+      const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(value.ptr(), local_name()));
+      if (!local) throw py::error_already_set();
+      states_shared_ = states_shared_ || shared(local);
+    }
+    return PyDict_GetItem(bound.state.ptr(), key.ptr()) == value.ptr() && read(value.ptr(), distributed, &view) &&
            view.data == data;
   };
   const Group& group = groups_[bound.group];
@@ -287,9 +331,10 @@ bool StepPlan::states_still_valid(const Bound& bound, PyObject* mapping) {
   if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
   if (entry != bound.state.ptr()) return false;
   for (size_t k = 0; k < group.state_keys.size(); ++k)
-    if (!valid(group.state_keys[k], bound.states[k], bound.state_data[k])) return false;
+    if (!valid(group.state_keys[k], bound.states[k], bound.state_data[k], static_cast<bool>(bound.param_spec)))
+      return false;
   static const py::object step_name = py::reinterpret_steal<py::object>(interned("step"));
-  return bound.step_data == nullptr || valid(step_name, bound.step, bound.step_data);
+  return bound.step_data == nullptr || valid(step_name, bound.step, bound.step_data, false);
 }
 
 // A step finds torch's records of its parameters evicted by the forward and backward passes. Asking for them
@@ -345,7 +390,7 @@ bool StepPlan::memory_shared() const {
   for (const Bound& bound : bound_) {
     if (!bound.bound) continue;
     for (const py::object& state : bound.states)
-      if (state) tensors.append(state);
+      if (state) tensors.append(bound.param_spec ? state.attr(local_name()) : state);
     if (bound.step_data != nullptr) tensors.append(bound.step);
   }
   return shares_memory_(tensors).cast<bool>();
@@ -353,8 +398,10 @@ bool StepPlan::memory_shared() const {
 
 void StepPlan::bind(int index, const std::string& backend, const py::object& grad, const py::object& state,
                     const py::object& step, const py::object& clock, bool timed, bool fresh, bool negate,
-                    const py::object& seed) {
+                    const py::object& seed, int64_t first) {
   Bound& bound = bound_.at(index);
+  const bool distributed = is_distributed(bound.param);
+  SL_CHECK(distributed == is_distributed(grad), "of parameter ", index, " and its gradient one alone is distributed");
   Tensor& tensor = plan_.tensors[index];
   Group& group = groups_[bound.group];
 
@@ -362,7 +409,7 @@ void StepPlan::bind(int index, const std::string& backend, const py::object& gra
   std::vector<std::vector<int64_t>> sizes_kept, strides_kept;  // a described view lives until the next
   const auto take = [&](const py::handle& object, const char* what) {
     TensorView view;
-    SL_CHECK(reader_.read(object.ptr(), &view), what, " of parameter ", index,
+    SL_CHECK(read(object.ptr(), distributed, &view), what, " of parameter ", index,
              " is no plain tensor of a supported dtype");
     SL_CHECK(views.empty() || view.device == views[0].device, what, " of parameter ", index,
              " is on another device than the parameter");
@@ -385,8 +432,9 @@ void StepPlan::bind(int index, const std::string& backend, const py::object& gra
   const auto address = [](const py::object& object) {
     return reinterpret_cast<const char*>(object.attr("_cdata").cast<uintptr_t>());
   };
-  bound.footprint.param = address(bound.param);
-  bound.footprint.param_storage = address(bound.param.attr("untyped_storage")());
+  const py::object param = distributed ? bound.param.attr(local_name()) : bound.param;
+  bound.footprint.param = address(param);
+  bound.footprint.param_storage = address(param.attr("untyped_storage")());
   sizes_offset_ = reinterpret_cast<const char*>(param_sizes) - bound.footprint.param;
 
   const int executor = executor_for(backend, views[0].device);
@@ -396,6 +444,8 @@ void StepPlan::bind(int index, const std::string& backend, const py::object& gra
   bound.device = views[0].device;
   bound.grad = grad;
   bound.grad_type = Py_TYPE(grad.ptr());
+  bound.param_spec = distributed ? bound.param.attr(spec_name()) : py::object();
+  bound.grad_spec = distributed ? grad.attr(spec_name()) : py::object();
   bound.state = state;
   bound.param_signature.assign(views[0]);
   bound.grad_signature.assign(views[1]);
@@ -451,6 +501,8 @@ void StepPlan::bind(int index, const std::string& backend, const py::object& gra
     SL_CHECK(views[0].dtype == DType::bf16 && bound.step_data != nullptr,
              "stochastic rounding needs a bfloat16 parameter and a step count");
     tensor.seed = group.values.seed = seed.cast<uint64_t>();
+    SL_CHECK(first == 0 || executor == kOnCpu, "stochastic rounding of shards is the CPU's alone");
+    tensor.first = first;
   }
   plan_.active[index] = 1;
   stale_schedule_ = true;
@@ -486,7 +538,7 @@ std::vector<int> StepPlan::bind_gradients(const std::vector<std::string>& backen
     const int index = static_cast<int>(i);
     if (backends.at(i) == "cpu" || backends[i] == "cuda" || backends[i] == "triton") {
       const py::object grad = bound_[i].param.attr("grad");
-      bind(index, backends[i], grad, py::dict(), py::none(), py::none(), false, false, false, py::none());
+      bind(index, backends[i], grad, py::dict(), py::none(), py::none(), false, false, false, py::none(), 0);
     } else {
       skip(index);
       others.push_back(index);

@@ -80,10 +80,12 @@ class StepPlan {
   // Binds parameter `index` to a backend, "cpu", "cuda" or "triton". `state` is its state dict, `step` its step tensor
   // or None; `timed`: the rule counts time by it. `fresh`: the states were just created. `clock`: on a GPU, for a rule
   // that is not timed, a float32 tensor on the device that counts in place of `fresh`. `seed`: for stochastic rounding,
-  // or None.
+  // or None; `first`: the parameter's first element is this one of a whole, of which it is a shard.
+  //
+  // A distributed tensor (torch's DTensor) stands for the memory that this rank has of it.
   void bind(int index, const std::string& backend, const py::object& grad, const py::object& state,
             const py::object& step, const py::object& clock, bool timed, bool fresh, bool negate,
-            const py::object& seed);
+            const py::object& seed, int64_t first);
   // Binds every parameter's gradient, without states; `backends` names one for each parameter, and one of
   // another name is left to whoever has it. Returns the indices of these.
   std::vector<int> bind_gradients(const std::vector<std::string>& backends);
@@ -148,6 +150,8 @@ class StepPlan {
     py::object param, state, step, clock;
     py::object states[kMaxStates];
     py::object grad;  // held from refresh() to release()
+    // Of a distributed parameter: how it and its gradient lie on the ranks. Null of others.
+    py::object param_spec, grad_spec;
     PyTypeObject* grad_type = nullptr;
     const void* state_data[kMaxStates] = {};
     void* step_data = nullptr;
@@ -185,6 +189,8 @@ class StepPlan {
   bool same_structure(const py::list& param_groups) const;
   void read_hyper(Group& group);
   bool is_at_hand(const Group& group, const TensorView& lr) const;
+  // Reads a tensor, or a distributed one's local part; false where there is none that can be read.
+  bool read(PyObject* tensor, bool distributed, TensorView* view);
   bool still_valid(int index, PyObject* mapping);
   bool states_still_valid(const Bound& bound, PyObject* mapping);
   bool memory_shared() const;
@@ -197,6 +203,7 @@ class StepPlan {
   gpu::Stream stream_of(const Place& place) const;
 
   TensorReader reader_;
+  py::object tensor_type_, parameter_type_;  // torch.Tensor, torch.nn.Parameter
   const CpuKernels* kernels_;
   py::object shares_memory_;
   py::object stream_, triton_;

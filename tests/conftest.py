@@ -15,6 +15,7 @@ import torch
 from browser import browser as browser
 from browser import chromium as chromium
 from cases import Kernels
+from process_pool import ProcessPools
 
 from stepladder import backends, cuda_roots, newton_schulz, ops
 from stepladder.optim import engine, mixed
@@ -112,3 +113,13 @@ def kernels(request) -> Kernels:
         request.getfixturevalue("emulated")
         return Kernels("cuda", largest=20_011)
     return Kernels("cpu")
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """`pools(size).run(function, *arguments)` calls a function on that many ranks of torch.distributed."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no torch.distributed with gloo")
+    processes = ProcessPools()
+    yield processes
+    processes.close()

@@ -198,9 +198,10 @@ struct Access {
   }
 
   void store_stochastic(int64_t begin, int64_t n, const T* in) const {
-    uint32_t random[kBlock];
-    const uint64_t first = static_cast<uint64_t>(begin) / kPhiloxElements;
-    const int64_t calls = (n + kPhiloxElements - 1) / kPhiloxElements;
+    uint32_t random[kBlock + kPhiloxElements];
+    const uint64_t first = static_cast<uint64_t>(tensor.first + begin) / kPhiloxElements;
+    const int64_t skipped = (tensor.first + begin) % kPhiloxElements;
+    const int64_t calls = (skipped + n + kPhiloxElements - 1) / kPhiloxElements;
 #pragma omp simd
     for (int64_t call = 0; call < calls; ++call) {
       const Philox4 bits = rounding_bits(tensor.seed, tensor.step, tensor.index, first + call);
@@ -211,7 +212,7 @@ struct Access {
     }
     bf16 rounded[kBlock];
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) rounded[i] = to_bf16_stochastic(static_cast<float>(in[i]), random[i]);
+    for (int64_t i = 0; i < n; ++i) rounded[i] = to_bf16_stochastic(static_cast<float>(in[i]), random[skipped + i]);
     bf16* data = static_cast<bf16*>(tensor.columns[kParam].data);
     if (flat()) {
       memcpy(data + begin, rounded, n * sizeof(bf16));

@@ -59,6 +59,7 @@ struct Tensor {
   uint64_t seed = 0;
   uint32_t step = 0;
   uint32_t index = 0;
+  int64_t first = 0;  // logical index of element 0 in the whole that this is a shard of
 
   // On a GPU the kernels count: the optimizer's step count, or null, and the count by which the rule tells
   // time, float where it is another.

@@ -13,7 +13,9 @@ from stepladder import _C, backends, ranges, reference
 from stepladder.gram import update_gram_
 from stepladder.matrix_root import inverse_root
 from stepladder.newton_schulz import newton_schulz
+from stepladder.optim import sharding
 from stepladder.optim.engine import check_gradient, clip_factor, new_plan
+from stepladder.optim.sharding import local
 from stepladder.orthonormalize import orthonormalize
 from stepladder.reference.matrix_root import RootInfo, RootStatus
 from stepladder.reference.orthonormalize import BasisInfo
@@ -48,6 +50,9 @@ def clip_grad_norm_(
     summed by a fixed tree in fp32 (fp64 for fp64 parameters), the same bits with any number of threads, and
     where nothing has to be scaled, nothing is written.
 
+    Of distributed parameters (DTensors) the norm is that of the whole tensors: every rank must call this, with the same
+    parameters, whether it has gradients or not. The number of collectives does not grow with that of the parameters.
+
     Args:
         parameters: Parameters, any of them without a gradient.
         max_norm: The largest norm allowed.
@@ -62,6 +67,7 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: `error_if_nonfinite` and the norm is not; or a gradient is sparse.
         ValueError: `max_norm` is negative or NaN.
+        TypeError: A gradient is distributed otherwise than its parameter.
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     max_norm, norm_type = float(max_norm), float(norm_type)
@@ -74,9 +80,15 @@ def clip_grad_norm_(
     for index, p in enumerate(graded):
         assert p.grad is not None
         check_gradient(p.grad, p, "clip_grad_norm_", f"parameter {index}")
-        if p.grad.is_conj() or p.grad.is_neg():
+        sharding.check_placements(p, f"parameter {index}")
+    for p in graded:
+        assert p.grad is not None
+        if sharding.is_distributed(p):
+            p.grad = sharding.settled(p.grad, p)
+        elif p.grad.is_conj() or p.grad.is_neg():
             p.grad = p.grad.resolve_conj().resolve_neg()
         grads.append(p.grad)
+    distributed = any(map(sharding.is_distributed, params))
 
     threads = torch.get_num_threads()
     plan = _plan()
@@ -89,7 +101,12 @@ def clip_grad_norm_(
             others = plan.bind_gradients([chosen[p.device.type] for p in graded])
         device = plan.only_device()
         fixed_tree = norm_type in (1.0, 2.0, math.inf)
-        if device is not None and fixed_tree and (found_inf is None or found_inf.device == grads[0].device):
+        if (
+            device is not None
+            and fixed_tree
+            and not distributed
+            and (found_inf is None or found_inf.device == grads[0].device)
+        ):
             norm_and_factor = torch.empty(2, dtype=torch.float64, device=grads[0].device)
             flag = torch.empty(1, dtype=torch.float32, device=grads[0].device)
             if error_if_nonfinite:
@@ -103,16 +120,24 @@ def clip_grad_norm_(
         if fixed_tree:
             with ranges.phase("norm"):
                 norm, finite = plan.norm(norm_type, 1.0, threads)
-            if others:
+            if others or distributed:
                 partials = plan.partials()
                 for index in others:
-                    g = reference.widened(grads[index], graded[index])
+                    g = reference.widened(local(grads[index]), local(graded[index]))
                     partials[index] = reference.partial_norm(g, norm_type)
                     finite = finite and bool(g.isfinite().all())
+                if distributed:
+                    partials = _whole_partials(partials, graded, params, math.isinf(norm_type))
+                    finite = not sharding.on_any_rank(not finite, params)
                 norm = reference.total_norm(partials, norm_type)
         else:
-            norm = float(torch.nn.utils.get_total_norm(grads, norm_type))
-            finite = all(bool(g.isfinite().all()) for g in grads)
+            finite = all(bool(local(g).isfinite().all()) for g in grads)
+            if distributed:
+                powers = [float(local(g).double().abs().pow(norm_type).sum()) for g in grads]
+                norm = sum(_whole_partials(powers, graded, params, False)) ** (1.0 / norm_type)
+                finite = not sharding.on_any_rank(not finite, params)
+            else:
+                norm = float(torch.nn.utils.get_total_norm(grads, norm_type))
         if found_inf is not None:
             found_inf.fill_(0.0 if finite else 1.0)
         if error_if_nonfinite:
@@ -122,11 +147,17 @@ def clip_grad_norm_(
             with ranges.phase("scale"):
                 plan.scale_gradients(factor, threads)
             for index in others:
-                grads[index].mul_(factor)
+                local(grads[index]).mul_(factor)
             torch._C._increment_version(grads)
     finally:
         plan.reset([])
     return torch.tensor(norm, dtype=result_dtype, device=graded[0].device if graded else torch.device("cpu"))
+
+
+def _whole_partials(partials: list[float], graded: list[Tensor], params: list[Tensor], largest: bool) -> list[float]:
+    """The parts of all parameters' norm over all ranks, from those that have a gradient here."""
+    parts = dict(zip(map(id, graded), partials, strict=True))
+    return sharding.whole_partials([parts.get(id(p), 0.0) for p in params], params, largest)
 
 
 def _raise_if_nonfinite(norm: float, norm_type: float) -> None:

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict, Unpack
 from stepladder import backends
 from stepladder.optim import checks
 from stepladder.optim.engine import Engine, WatchedState
+from stepladder.optim.sharding import local
 from stepladder.optim.state import RULES, checked_state, state_dtype
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -169,14 +170,15 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """The memory that the states of all parameters take, in bytes; none before the first step.
 
-        Memory that several tensors share is counted once. Step counts are scalars of 4 bytes.
+        Memory that several tensors share is counted once, of shards what this rank has. Step counts are scalars of
+        4 bytes.
         """
         storages = {
             (value.device, storage.data_ptr()): storage.nbytes()
             for state in self.__dict__["state"].values()
             for value in (state.values() if isinstance(state, dict) else ())
             if isinstance(value, Tensor)
-            for storage in (value.untyped_storage(),)
+            for storage in (local(value).untyped_storage(),)
         }
         return sum(storages.values())
 

@@ -18,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from stepladder import _C, backends, ranges, reference
 from stepladder.backends import current_stream
+from stepladder.optim import sharding
+from stepladder.optim.sharding import is_distributed, local
 from stepladder.optim.state import (
     RULES,
     check_complete,
@@ -36,6 +38,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX_DTYPES = (torch.complex128, torch.complex64)
 # Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does.
 CLIP_EPS = 1e-6
+# How many norms a norm-based rule takes of each parameter.
+_NORMS = 2
 
 
 # DLPack's numbers of devices.
@@ -128,9 +132,11 @@ def check_gradient(grad: Tensor, param: Tensor, optimizer_name: str, where: str)
         TypeError: Its dtype or type is not supported.
         ValueError: Shape or device differ from the parameter's.
     """
+    sharding.check_companion(grad, param, f"the gradient of {where}")
     if grad.layout != torch.strided:
         raise RuntimeError(f"{optimizer_name} does not support sparse gradients, got {grad.layout} for {where}")
-    check_plain(grad, f"the gradient of {where}")
+    if not sharding.is_under_way(grad):
+        check_plain(local(grad), f"the gradient of {where}")
     if grad.dtype not in DTYPES + COMPLEX_DTYPES or grad.is_complex() != param.is_complex():
         raise TypeError(f"the gradient of {where} has dtype {grad.dtype}, which does not fit its {param.dtype}")
     if grad.shape != param.shape:
@@ -155,6 +161,9 @@ def check_parameter(param: Tensor, family: type[Optimizer], group: Group, where:
         RuntimeError: Elements share memory.
         ValueError: An option of its group does not go with it.
     """
+    if family.rules:
+        sharding.check_placements(param, where)
+        param = local(param)
     check_plain(param, where)
     if param.layout != torch.strided:
         raise TypeError(f"{where} has layout {param.layout}, expected torch.strided")
@@ -208,9 +217,10 @@ def check_tensors(
     for key in family.states(group):
         if state.get(key) is not None:
             check_tensor(key, state[key], param, where, family.state_shape(key, param, group))
+            sharding.check_state(state[key], param, f"the state {key!r} of {where}")
             if state[key].device != param.device:
                 raise ValueError(f"the state {key!r} of {where} is on {state[key].device}, not {param.device}")
-            if has_internal_overlap(state[key]):
+            if has_internal_overlap(local(state[key])):
                 raise RuntimeError(f"elements of the state {key!r} of {where} share memory")
     if has_step(family, group) and state.get("step") is not None:
         check_step(state["step"], where)
@@ -269,6 +279,11 @@ class Engine:
         # On a GPU, by parameter: whether a rule that is not timed has taken its first step, which may have been
         # skipped there without the host's knowledge.
         self._clocks: Any = WeakTensorKeyDictionary()
+        # Parameters with a rule that takes their norms, which are to be summed over shards: places as above.
+        self._norm_shards: list[tuple[int, Tensor, Group]] = []
+        self._begun = False
+        # Parameters whose states were created in a step that moved nothing.
+        self._unmoved: Any = WeakTensorKeyDictionary()
 
     @property
     def grad_norm(self) -> float | None:
@@ -291,6 +306,8 @@ class Engine:
         capturing = is_capturing()
         if capturing:
             self._check_capture(optimizer)
+        first, self._begun = not self._begun, True
+        new = first and not any(optimizer.__dict__["state"].values())
         plan = self.plan
         try:
             with ranges.phase("refresh"):
@@ -307,11 +324,16 @@ class Engine:
             if stale or self._referred:
                 with ranges.phase("bind"):
                     self._bind(optimizer, stale)
+            if first and not capturing and self._only_initializes(optimizer, new):
+                return
             announce = torch._C._increment_version if grad_scale is None else _announce_with_gradients
             device = plan.only_device()
+            clips_shards = self.max_norm is not None and any(map(is_distributed, self._parameters(optimizer)))
             on_device = (
                 device is not None
                 and factor is None
+                and not clips_shards
+                and not self._norm_shards
                 and all(x is None or is_on_gpu(x) for x in (found_inf, grad_scale))
             )
             if capturing and not on_device:
@@ -332,14 +354,37 @@ class Engine:
                 if self.max_norm is not None:
                     with ranges.phase("norm"):
                         factor = clip_factor(self._norm(optimizer, inverse_scale), self.max_norm)
+            norms = self._whole_norms(optimizer, inverse_scale, factor)
             with ranges.phase("run"):
                 plan.run(inverse_scale, factor, torch.get_num_threads(), announce)
             if self._referred:
                 with ranges.kernel("reference"):
-                    self._run_reference(optimizer, inverse_scale, factor)
+                    self._run_reference(optimizer, inverse_scale, factor, norms)
         finally:
             with ranges.phase("release"):
                 plan.release()
+
+    def _parameters(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """All that this engine steps, with a gradient or without; the same on every rank."""
+        return [optimizer.param_groups[g]["params"][i] for g, i, _ in self._places]
+
+    def _only_initializes(self, optimizer: torch.optim.Optimizer, new: bool) -> bool:
+        """Whether this step is there to make states, as torch.distributed.checkpoint asks for them.
+
+        It steps a new optimizer with learning rates and gradients of zero; no parameter, moment or count is to move.
+        What decides this is alike on all ranks, and where it is not, they agree.
+        """
+        groups = self.family.elementwise(optimizer.param_groups)
+        if any(float(group["lr"]) != 0.0 for group in groups):
+            return False
+        params = self._parameters(optimizer)
+        moves = not new or any(bool(local(p.grad).any()) for p in params if p.grad is not None)
+        if sharding.on_any_rank(moves, params):
+            return False
+        for param in params:
+            self._unmoved[param] = True
+        self.plan.reset([])  # binds them as new ones at the next step
+        return True
 
     def _run_on_device(
         self, device: int, found_inf: Tensor | None, grad_scale: Tensor | None, announce: Callable[[list[Tensor]], Any]
@@ -417,6 +462,15 @@ class Engine:
             first += len(group["params"])
         self._referred = set()
         self._fresh = set()
+        self._norm_shards = [
+            (index, optimizer.param_groups[g]["params"][i], optimizer.param_groups[g])
+            for index, (g, i, _) in enumerate(self._places)
+            if self._sums_over_shards(optimizer.param_groups[g]["params"][i], optimizer.param_groups[g])
+        ]
+
+    def _sums_over_shards(self, param: Tensor, group: Group) -> bool:
+        """Whether a parameter's rule takes norms of more than this rank holds."""
+        return bool(RULES[self.family.of(group).rule(group)]["norms"] and sharding.sharded_dims(param))
 
     @torch.no_grad()
     def _bind(self, optimizer: torch.optim.Optimizer, stale: list[int]) -> None:
@@ -432,13 +486,26 @@ class Engine:
             where = describe_parameter(number, group, i)
             state = optimizer.state.get(param, {})
             backend = check_tensors(param, state, family, group, self.backend, where)
+            if self._sums_over_shards(param, group):
+                backend = "reference"
             if backend in backends.ON_GPU:
                 check_storage(param, group, state, family, where)
-            todo.append((index, param, group, backend, where))
+            begin = 0
+            if group.get("stochastic_rounding") and param.dtype == torch.bfloat16:
+                begin = sharding.first_element(param, where)
+                if begin and backend in backends.ON_GPU:
+                    raise ValueError(
+                        f"stochastic_rounding=True of shards is the backends' 'cpu' and 'reference' alone, {where} "
+                        f"{sharding.layout(param)}"
+                    )
+            todo.append((index, param, group, backend, where, begin))
 
         created: set[Tensor] = set()
-        for index, param, group, backend, where in todo:
-            if param.grad.is_conj() or param.grad.is_neg():
+        for index, param, group, backend, where, begin in todo:
+            if is_distributed(param):
+                if (settled := sharding.settled(param.grad, param)) is not param.grad:
+                    param.grad = settled
+            elif param.grad.is_conj() or param.grad.is_neg():
                 param.grad = param.grad.resolve_conj().resolve_neg()
             family = self.family.of(group)
             stateful = has_step(family, group) or family.states(group)
@@ -446,6 +513,7 @@ class Engine:
             # A parameter that is listed twice has two first steps, as in torch.
             device = step_device(backend, param)
             fresh = create_state(family, state, param, group, device) or param in created
+            fresh = self._unmoved.pop(param, False) or fresh
             if fresh:
                 created.add(param)
             step = state.get("step") if has_step(family, group) else None
@@ -480,6 +548,7 @@ class Engine:
                 fresh=fresh,
                 negate=bool(group.get("maximize")),
                 seed=group["seed"] if rounds else None,
+                first=begin,
             )
 
     def _referred_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, Tensor, Group]]:
@@ -495,36 +564,84 @@ class Engine:
     def _norm(self, optimizer: torch.optim.Optimizer, inverse_scale: float | None) -> float:
         inverse = 1.0 if inverse_scale is None else inverse_scale
         norm, _ = self.plan.norm(2.0, inverse, torch.get_num_threads())
-        if self._referred:
-            partials = dict(enumerate(self.plan.partials()))
+        params = self._parameters(optimizer)
+        distributed = any(map(is_distributed, params))
+        if self._referred or distributed:
+            partials = self.plan.partials()
             for index, param, _group in self._referred_parameters(optimizer):
                 assert param.grad is not None
-                partials[index] = reference.partial_norm(inverse * reference.widened(param.grad, param), 2.0)
-            norm = reference.total_norm([partials[index] for index in self.plan.active()], 2.0)
+                grad = reference.widened(local(param.grad), local(param))
+                partials[index] = reference.partial_norm(inverse * grad, 2.0)
+            if distributed:
+                norm = reference.total_norm(sharding.whole_partials(partials, params), 2.0)
+            else:
+                norm = reference.total_norm([partials[index] for index in self.plan.active()], 2.0)
         self._grad_norm, self._norm_on_device = norm, False
         return norm
 
-    def _run_reference(self, optimizer: torch.optim.Optimizer, inverse_scale: float | None, factor: float) -> None:
+    def _run_reference(
+        self,
+        optimizer: torch.optim.Optimizer,
+        inverse_scale: float | None,
+        factor: float,
+        norms: dict[int, Tensor],
+    ) -> None:
         for index, param, group in self._referred_parameters(optimizer):
-            family = self.family.of(group)
             state = optimizer.state.get(param, {})
-            rule = family.rule(group)
-            count = int(state["step"]) + 1 if has_step(family, group) else 0
-            rounds = group.get("stochastic_rounding") and param.dtype == torch.bfloat16
-            reference.step_parameter(
-                rule,
-                param,
-                [state[name] for name in RULES[rule]["states"]],
-                {name: _plain(group[name]) for name in RULES[rule]["hyper"]},
-                count if family.timed else 1 if index in self._fresh else 2,
-                inverse_scale=inverse_scale,
-                clip_factor=factor,
-                negate=bool(group.get("maximize")),
-                rounding=(group["seed"], count, index) if rounds else None,
-            )
+            rounding, first = None, 0
+            if group.get("stochastic_rounding") and param.dtype == torch.bfloat16:
+                rounding = (group["seed"], int(state["step"]) + 1, index)
+                first = sharding.first_element(param, f"parameter {index}")
+            update = self._update(optimizer, index, param, group, inverse_scale, factor)
+            reference.step_parameter(**update, rounding=rounding, first=first, norms=norms.get(index))
+            if is_distributed(param):
+                torch._C._increment_version([param])
             self._fresh.discard(index)
-            if has_step(family, group):
+            if has_step(self.family.of(group), group):
                 state["step"] += 1
+
+    def _update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        index: int,
+        param: Tensor,
+        group: Group,
+        inverse_scale: float | None,
+        factor: float,
+    ) -> dict[str, Any]:
+        """What the reference is told of a parameter's step."""
+        assert param.grad is not None
+        family = self.family.of(group)
+        state = optimizer.state.get(param, {})
+        rule = family.rule(group)
+        timed = int(state["step"]) + 1 if family.timed else 1 if index in self._fresh else 2
+        return {
+            "rule": rule,
+            "param": local(param),
+            "grad": local(param.grad),
+            "states": [local(state[name]) for name in RULES[rule]["states"]],
+            "hyper": {name: _plain(group[name]) for name in RULES[rule]["hyper"]},
+            "time": timed,
+            "inverse_scale": inverse_scale,
+            "clip_factor": factor,
+            "negate": bool(group.get("maximize")),
+        }
+
+    def _whole_norms(
+        self, optimizer: torch.optim.Optimizer, inverse_scale: float | None, factor: float
+    ) -> dict[int, Tensor]:
+        """The norms that rules take of parameters of which this rank has shards, by index; each [number of norms]."""
+        if not self._norm_shards:
+            return {}
+        squares = []
+        for index, param, group in self._norm_shards:
+            if param.grad is not None:
+                update = self._update(optimizer, index, param, group, inverse_scale, factor)
+                squares.append(reference.norm_squares(**update).double())
+            else:
+                squares.append(torch.zeros(_NORMS, dtype=torch.float64, device=local(param).device))
+        whole = sharding.over_shards(squares, [param for _, param, _ in self._norm_shards])
+        return {index: value.sqrt() for (index, _, _), value in zip(self._norm_shards, whole, strict=True)}
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from stepladder.optim.engine import (
 )
 from stepladder.optim.lion import Lion
 from stepladder.optim.sgd import SGD
+from stepladder.optim.sharding import is_distributed, local, whole_partials
 from stepladder.optim.state import create_state, missing_states
 
 # What a group's `algorithm` may say beside the optimizer's own.
@@ -263,6 +264,7 @@ class MixedEngine(Engine):
     def _total_norm(self, optimizer: torch.optim.Optimizer, inverse_scale: float) -> float:
         """Norm of the gradients of all groups, by the fixed tree."""
         graded = []
+        params = [param for group in optimizer.param_groups for param in group["params"]]
         first = 0
         for group in optimizer.param_groups:
             for position, param in enumerate(group["params"]):
@@ -275,11 +277,15 @@ class MixedEngine(Engine):
         plan.reset([({"params": graded}, "", ())])
         others = plan.bind_gradients([backends.choose(self.backend, p.device.type) for p in graded])
         norm, _ = plan.norm(2.0, inverse_scale, torch.get_num_threads())
-        if others:
+        distributed = any(map(is_distributed, params))
+        if others or distributed:
             partials = plan.partials()
             for index in others:
-                grad = reference.widened(graded[index].grad, graded[index])
+                grad = reference.widened(local(graded[index].grad), local(graded[index]))
                 partials[index] = reference.partial_norm(inverse_scale * grad, 2.0)
+            if distributed:
+                parts = dict(zip(map(id, graded), partials, strict=True))
+                partials = whole_partials([parts.get(id(p), 0.0) for p in params], params)
             norm = reference.total_norm(partials, 2.0)
         return norm
 

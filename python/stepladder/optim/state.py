@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stepladder import _C, backends
+from stepladder.optim.sharding import check_companion
 
 if TYPE_CHECKING:
     from stepladder.optim.base import Group, Optimizer
@@ -155,6 +156,7 @@ def checked_state(
             continue
         shape = family.state_shape(name, param, group)
         check_tensor(name, value, param, where, shape)
+        check_companion(value, param, f"the state {name!r} of {where}")
         like = param if shape == param.shape else param.new_empty(shape)
         dtype = family.state_dtype(name, param, group)
         result[name] = torch.empty_like(like, dtype=dtype, requires_grad=False).copy_(value.detach())

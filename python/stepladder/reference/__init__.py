@@ -17,7 +17,7 @@ from torch import Tensor
 from stepladder.reference.adagrad import adagrad
 from stepladder.reference.adam import adam
 from stepladder.reference.adamw import adamw
-from stepladder.reference.arithmetic import round_stochastically
+from stepladder.reference.arithmetic import round_stochastically, tree_sum
 from stepladder.reference.clip import clip_grad_norm_, partial_norm, total_norm, widened
 from stepladder.reference.gram import update_gram_
 from stepladder.reference.lamb import lamb
@@ -42,6 +42,7 @@ __all__ = [
     "muon",
     "muonh",
     "newton_schulz",
+    "norm_squares",
     "normuon",
     "orthonormalize",
     "partial_norm",
@@ -81,6 +82,7 @@ RULES: dict[str, Rule] = {
 def step_parameter(
     rule: str,
     param: Tensor,
+    grad: Tensor,
     states: Sequence[Tensor],
     hyper: dict[str, Any],
     time: int,
@@ -89,12 +91,15 @@ def step_parameter(
     clip_factor: float = 1.0,
     negate: bool = False,
     rounding: tuple[int, int, int] | None = None,
+    first: int = 0,
+    norms: Tensor | None = None,
 ) -> None:
     """Step one parameter and its states in place.
 
     Args:
         rule: A name in rules.def.
-        param: Of any supported dtype, with its gradient in `.grad`.
+        param: Of any supported dtype.
+        grad: Its gradient.
         states: The rule's states, in the rule's order.
         hyper: The rule's hyper-parameters by name.
         time: The rule's step count t, from 1.
@@ -102,26 +107,88 @@ def step_parameter(
         clip_factor: Multiplies the gradient next.
         negate: Changes its sign (maximize).
         rounding: (seed, step, parameter index) of the stochastic rounding of a bf16 parameter.
+        first: Logical index of param's first element in the parameter of which param is a shard, for the rounding.
+        norms: Those that the rule takes, of whole parameters where param is a shard; None computes them.
 
     Raises:
         KeyError: There is no such rule.
     """
-    g = widened(param.grad, param)  # type: ignore[arg-type]
+    g = _seen(param, grad, inverse_scale, clip_factor, negate)
     if inverse_scale is not None:
-        g = inverse_scale * g
-        _real(param.grad).copy_(g)  # type: ignore[arg-type]
-    if clip_factor != 1.0:
-        g = clip_factor * g
-    if negate:
-        g = -g
-    extra = {"state_dtype": _real(states[0]).dtype} if rule == "lamb" else {}
-    updated = RULES[rule](widened(param, param), g, *(widened(s, param) for s in states), **hyper, **extra, time=time)
+        _real(grad).copy_(inverse_scale * widened(grad, param))
+    known = None if norms is None else iter(norms.to(g.dtype))
+    updated = _updated(rule, param, g, states, hyper, time, None if known is None else lambda _: next(known))
     if rounding is not None:
-        param.copy_(round_stochastically(updated[0], *rounding))
+        param.copy_(round_stochastically(updated[0], *rounding, first))
     else:
         _real(param).copy_(updated[0])
     for state, value in zip(states, updated[1:], strict=True):
         _real(state).copy_(value)
+
+
+@torch.no_grad()
+def norm_squares(
+    rule: str,
+    param: Tensor,
+    grad: Tensor,
+    states: Sequence[Tensor],
+    hyper: dict[str, Any],
+    time: int,
+    *,
+    inverse_scale: float | None = None,
+    clip_factor: float = 1.0,
+    negate: bool = False,
+) -> Tensor:
+    """Sums of squares whose roots are the norms that a step would take, as far as this shard goes; writes nothing.
+
+    Args:
+        rule: A norm-based one.
+        param: As for `step_parameter`, like all that follows.
+        grad: Its gradient.
+        states: The rule's states.
+        hyper: The rule's hyper-parameters.
+        time: The rule's step count.
+        inverse_scale: Multiplies the gradient first.
+        clip_factor: Multiplies it next.
+        negate: Changes its sign.
+
+    Returns:
+        One sum for each norm, in the arithmetic type.
+    """
+    squares: list[Tensor] = []
+
+    def norm(x: Tensor) -> Tensor:
+        squares.append(tree_sum(x * x))
+        return squares[-1]
+
+    _updated(rule, param, _seen(param, grad, inverse_scale, clip_factor, negate), states, hyper, time, norm)
+    return torch.stack(squares)
+
+
+def _seen(param: Tensor, grad: Tensor, inverse_scale: float | None, clip_factor: float, negate: bool) -> Tensor:
+    """The gradient as the rule sees it."""
+    g = widened(grad, param)
+    if inverse_scale is not None:
+        g = inverse_scale * g
+    if clip_factor != 1.0:
+        g = clip_factor * g
+    return -g if negate else g
+
+
+def _updated(
+    rule: str,
+    param: Tensor,
+    g: Tensor,
+    states: Sequence[Tensor],
+    hyper: dict[str, Any],
+    time: int,
+    norm: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, ...]:
+    """The parameter and its states after the step, in the arithmetic type."""
+    extra: dict[str, Any] = {"state_dtype": _real(states[0]).dtype} if rule == "lamb" else {}
+    if norm is not None:
+        extra["norm"] = norm
+    return RULES[rule](widened(param, param), g, *(widened(s, param) for s in states), **hyper, **extra, time=time)
 
 
 def _real(x: Tensor) -> Tensor:

@@ -113,9 +113,9 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.nd
     return c0, c1, c2, c3
 
 
-def rounding_bits(count: int, seed: int, step: int, index: int) -> np.ndarray:
-    """16 uniform bits for each logical element; one call serves 8, low half of a word first. [count]"""
-    blocks = np.arange(-(-count // 8), dtype=np.uint64)
+def rounding_bits(count: int, seed: int, step: int, index: int, first: int = 0) -> np.ndarray:
+    """16 uniform bits for each logical element from `first` on; one call serves 8, low half of a word first. [count]"""
+    blocks = np.arange(first // 8, -(-(first + count) // 8), dtype=np.uint64)
     counter = (
         blocks & np.uint64(0xFFFFFFFF),
         blocks >> np.uint64(32),
@@ -124,10 +124,10 @@ def rounding_bits(count: int, seed: int, step: int, index: int) -> np.ndarray:
     )
     words = np.stack(philox(counter, (seed & 0xFFFFFFFF, seed >> 32)), axis=1)  # [blocks, 4]
     halves = np.stack((words & np.uint64(0xFFFF), words >> np.uint64(16)), axis=2)  # [blocks, 4, 2]
-    return halves.reshape(-1)[:count].astype(np.uint32)
+    return halves.reshape(-1)[first % 8 :][:count].astype(np.uint32)
 
 
-def round_stochastically(x: Tensor, seed: int, step: int, index: int) -> Tensor:
+def round_stochastically(x: Tensor, seed: int, step: int, index: int, first: int = 0) -> Tensor:
     """Fp32 to bf16: 16 random bits are added below the kept mantissa, the rest is cut off.
 
     Args:
@@ -135,10 +135,11 @@ def round_stochastically(x: Tensor, seed: int, step: int, index: int) -> Tensor:
         seed: Of the optimizer's group.
         step: The step being taken, from 1.
         index: The parameter's, through all groups.
+        first: Logical index of x's first element in the parameter of which x is a piece.
     """
     bits = x.detach().cpu().contiguous().view(-1).view(torch.int32).numpy().view(np.uint32)
     magnitude = bits & np.uint32(0x7FFFFFFF)
-    random = rounding_bits(bits.size, seed, step, index)
+    random = rounding_bits(bits.size, seed, step, index, first)
     kept = (bits + np.where(magnitude < 0x7F800000, random, np.uint32(0))) >> np.uint32(16)
     kept = np.where(magnitude > 0x7F800000, (bits >> np.uint32(16)) | np.uint32(0x40), kept)
     result = torch.from_numpy(kept.astype(np.uint16).view(np.int16)).view(torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,10 +23,11 @@ def lamb(
     weight_decay: float,
     time: int,
     state_dtype: torch.dtype | None = None,
+    norm: Callable[[Tensor], Tensor] = norm,
 ) -> tuple[Tensor, ...]:
     """r = (m/bc₁)/(√v/√bc₂ + ε) + λw with Adam's m and v; w ← w − η(‖w‖/‖r‖)r, the ratio 1 where a norm is 0.
 
-    r is made from the moments as `state_dtype` stores them.
+    r is made from the moments as `state_dtype` stores them. `norm` is that of the whole tensors, ‖w‖ before ‖r‖.
     """
     beta1, beta2 = betas
     m = lerp(m, g, 1.0 - beta1)

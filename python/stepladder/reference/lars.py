@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,12 @@ def lars(
     trust_coefficient: float,
     eps: float,
     time: int,
+    norm: Callable[[Tensor], Tensor] = norm,
 ) -> tuple[Tensor, ...]:
-    """ρ = ξ‖w‖/(‖g‖ + λ‖w‖ + ε), 1 where a norm is 0; v ← μv + ρ(g + λw); w ← w − ηv."""
+    """ρ = ξ‖w‖/(‖g‖ + λ‖w‖ + ε), 1 where a norm is 0; v ← μv + ρ(g + λw); w ← w − ηv.
+
+    `norm` is that of the whole tensors, ‖w‖ before ‖g‖.
+    """
     weight_norm, gradient_norm = norm(w), norm(g)
     trust = trust_coefficient * weight_norm / (gradient_norm + weight_decay * weight_norm + eps)
     ratio = torch.where((weight_norm == 0) | (gradient_norm == 0), 1.0, trust).to(w.dtype)
