@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from stepladder import backends, ranges, reference
+from stepladder.distributed.replicated import Replicated
 from stepladder.newton_schulz import kept_iterations
 from stepladder.optim.adamw import AdamW
 from stepladder.optim.base import SHARED_OPTIONS, Group, Optimizer
@@ -19,10 +21,12 @@ from stepladder.optim.engine import (
     check_tensors,
     clip_factor,
     describe_parameter,
+    has_internal_overlap,
     is_capturing,
     new_plan,
 )
 from stepladder.optim.lion import Lion
+from stepladder.optim.memory import meeting
 from stepladder.optim.sgd import SGD
 from stepladder.optim.sharding import is_distributed, local, whole_partials
 from stepladder.optim.state import create_state, missing_states
@@ -33,6 +37,18 @@ MOMENTUM = 0.9
 
 # A parameter to be stepped, its group and the backend for its device.
 Task = tuple[Tensor, Group, str]
+
+
+def unscaled(param: Tensor, inverse_scale: float) -> Tensor:
+    """A parameter's gradient times `inverse_scale`, which is written back to it."""
+    assert param.grad is not None
+    if has_internal_overlap(param.grad):
+        param.grad = param.grad.contiguous()
+    if param.grad.dtype in (torch.float32, torch.float64):
+        return param.grad.mul_(inverse_scale)
+    product = param.grad.float() * inverse_scale
+    param.grad.copy_(product)
+    return product
 
 
 @functools.cache
@@ -56,6 +72,8 @@ class Mixed(Optimizer):
     rules = ()
     choosing = ("algorithm",)
     complex_parameters = False
+    # Who owns which matrix, where several processes share the work.
+    _replicated: Replicated | None = None
 
     @classmethod
     def of(cls, group: Group) -> type[Optimizer]:
@@ -90,6 +108,11 @@ class Mixed(Optimizer):
         """Raise ValueError for values that a parameter cannot have before its first step."""
 
     @classmethod
+    def cost(cls, param: Tensor, group: Group) -> float:
+        """Of stepping a parameter, in the same units for all parameters; from shapes and hyper-parameters alone."""
+        raise AssertionError(f"{cls.__name__} has no owners of parameters")
+
+    @classmethod
     def check_backends(cls, chosen: set[tuple[str, torch.device]]) -> None:
         """Raise where one of the backends that matrices were given to could not run on its device."""
 
@@ -119,7 +142,52 @@ class Mixed(Optimizer):
         """
 
     def _new_engine(self) -> Engine:
-        return MixedEngine(type(self), self._backend, self._max_norm)
+        return MixedEngine(type(self), self._backend, self._max_norm, self._replicated)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer, and whole: what other ranks own is gathered from them.
+
+        With `process_group` or `mesh`, every rank has to call this, and each gets the same.
+
+        Raises:
+            RuntimeError: Another rank ended, or did not call this within the timeout of the group.
+        """
+        if self._replicated is None:
+            return super().state_dict()
+        own = self.__dict__["state"]
+        self.__dict__["state"] = self._replicated.whole(own, [p for g in self.param_groups for p in g["params"]])
+        try:
+            return super().state_dict()
+        finally:
+            self.__dict__["state"] = own
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer of this package.
+
+        With `process_group` or `mesh`, every rank has to load the same checkpoint, however many ranks and which
+        optimizer of the same name it came from; each keeps the states of what it owns.
+
+        Raises:
+            ValueError: Groups or states do not fit; nothing has then changed.
+            TypeError: A state has the wrong type; nothing has then changed.
+        """
+        super().load_state_dict(state_dict)
+        if self._replicated is not None:
+            states = self.__dict__["state"]
+            groups = [group for group in self.param_groups if self.of(group) is type(self)]
+            kept = [(p, group) for group in groups for p in group["params"] if states.get(p)]
+            give_owners(self._replicated, type(self), kept)
+            self._replicated.drop(states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._replicated is not None:
+            raise TypeError(
+                f"{type(self).__name__} with a process group cannot be pickled or copied: state_dict() has all that "
+                "another one needs"
+            )
+        return super().__getstate__()
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, in mid-run too.
@@ -177,19 +245,31 @@ class Mixed(Optimizer):
         return family.required_keys(group) if family is not cls else cls.hyper_keys() - cls.late_keys
 
 
+def give_owners(replicated: Replicated, family: type[Mixed], params: Sequence[tuple[Tensor, Group]]) -> None:
+    """Have parameters owned that are not yet; those that share memory by one rank."""
+    new = [(param, group) for param, group in params if param not in replicated.owners]
+    units = meeting([param for param, _ in new])
+    costs = [sum(family.cost(*new[index]) for index in unit) for unit in units]
+    replicated.own([[new[index][0] for index in unit] for unit in units], costs)
+
+
 class MixedEngine(Engine):
     """Steps the matrices of an optimizer together, and its other groups by their rules.
 
     All groups are checked before anything is written. GradScaler's skip and scale, and the norm of `max_norm`, are
-    waited for on a GPU, so that neither goes with a capture.
+    waited for on a GPU, so that neither goes with a capture. Where matrices have owners, a rank creates the states of
+    its own alone and steps them alone; other groups are stepped on all ranks alike.
     """
 
     family: type[Mixed]
 
-    def __init__(self, family: type[Mixed], backend: str | None, max_norm: float | None) -> None:
+    def __init__(
+        self, family: type[Mixed], backend: str | None, max_norm: float | None, replicated: Replicated | None = None
+    ) -> None:
         # Clipping takes all groups together, so it is not for the elementwise part to do.
         super().__init__(family, backend, None)
         self._limit = max_norm
+        self._replicated = replicated
         # What captured graphs point into, beside the plan.
         self._captured: dict[int, object] = {}
 
@@ -204,10 +284,16 @@ class MixedEngine(Engine):
                     f"{self.family.__name__}.step() with a GradScaler or max_norm waits for the GPU, and cannot be "
                     f"captured into a CUDA graph: max_norm={self._limit}, grad_scale={grad_scale}"
                 )
-        if found_inf is not None and float(found_inf) != 0.0:
-            return
+            if self._replicated is not None:
+                raise RuntimeError(
+                    f"{self.family.__name__}.step() with a process group waits for the other ranks, and cannot be "
+                    "captured into a CUDA graph"
+                )
+        skip = found_inf is not None and float(found_inf) != 0.0
         with ranges.phase("check"):
-            tasks = self._check(optimizer, capturing)
+            tasks = self._checked(optimizer, capturing, skip)
+        if tasks is None:
+            return
         inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
         if self._limit is not None:
             with ranges.phase("norm"):
@@ -225,6 +311,26 @@ class MixedEngine(Engine):
         if self.family.of(group) is not self.family:
             return super()._hyper_keys(group)
         return sorted(self.family.hyper_keys() & group.keys())
+
+    def _checked(self, optimizer: torch.optim.Optimizer, capturing: bool, skip: bool) -> list[Task] | None:
+        """The matrices to be stepped, checked by all ranks before any of them goes on; None to leave the step out."""
+        if self._replicated is None:
+            return None if skip else self._check(optimizer, capturing)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        while True:
+            error: Exception | None = None
+            tasks: list[Task] = []
+            try:
+                tasks = [] if skip else self._check(optimizer, capturing)
+            except Exception as found:
+                error = found
+            skip, received = self._replicated.agree(params, skip, error)
+            if skip or not received:
+                break
+        if skip:
+            return None
+        give_owners(self._replicated, self.family, [(param, group) for param, group, _ in tasks])
+        return tasks
 
     def _check(self, optimizer: torch.optim.Optimizer, capturing: bool) -> list[Task]:
         """Check all groups, and the matrices that have a gradient; returns these."""
@@ -254,7 +360,8 @@ class MixedEngine(Engine):
                 backend = check_tensors(param, state, self.family, group, self.backend, where)
                 if capturing:
                     self.family.check_capture(param, group, state, backend, where)
-                if missing_states(self.family, state, group):
+                elsewhere = self._replicated is not None and self._replicated.is_elsewhere(param)
+                if not elsewhere and missing_states(self.family, state, group):
                     self.family.check_start(param, group, where)
                 tasks.append((param, group, backend))
             first += len(params)
@@ -294,8 +401,21 @@ class MixedEngine(Engine):
         self, optimizer: torch.optim.Optimizer, tasks: list[Task], inverse_scale: float | None, factor: float
     ) -> None:
         states = optimizer.__dict__["state"]
-        for param, group, _ in tasks:
-            if param.grad is not None and param.grad.is_neg():
-                param.grad = param.grad.resolve_neg()
-            create_state(self.family, states[param], param, group, torch.device("cpu"))
-        self.family.step_matrices(tasks, states, self.backend, inverse_scale, factor)
+
+        def step(own: list[Task]) -> None:
+            for param, group, _ in own:
+                if param.grad is not None and param.grad.is_neg():
+                    param.grad = param.grad.resolve_neg()
+                create_state(self.family, states[param], param, group, torch.device("cpu"))
+            self.family.step_matrices(own, states, self.backend, inverse_scale, factor)
+
+        if self._replicated is None:
+            step(tasks)
+            return
+        for param, _, _ in tasks:
+            if self._replicated.is_elsewhere(param):
+                # Checkpointing takes an optimizer without any entry for one that has not stepped yet.
+                states.setdefault(param, {})
+                if inverse_scale is not None:
+                    unscaled(param, inverse_scale)
+        self._replicated.step([param for param, _, _ in tasks], lambda which: step([tasks[i] for i in which]))
