@@ -99,3 +99,9 @@ class Gathering:
             pending.wait()
         if self._others:
             torch._foreach_copy_([tensors[index] for index in self._others], list(self._others.values()))
+
+
+def buffers(stride: int, ranks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bytes for what a rank sends, and for what it receives of all."""
+    sent = torch.empty(stride, dtype=torch.uint8, device=device)
+    return sent, sent.new_empty(ranks * stride)
