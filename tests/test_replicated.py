@@ -116,7 +116,7 @@ def step_with_gaps() -> bool:
                 optimizer.add_param_group({"params": [params[-1]]})
             for index, (p, grad) in enumerate(zip(params, gradients(params, step), strict=True)):
                 nobody = index == 3 or (index + step) % 5 == 0
-                lacks = bool(optimizer._replicated) and (index + rank + step) % 3 == 0 and dist.get_world_size() > 1
+                lacks = bool(optimizer._owners) and (index + rank + step) % 3 == 0 and dist.get_world_size() > 1
                 source = (index + step) % dist.get_world_size() == rank
                 p.grad = None if nobody or (lacks and not source) else grad
             optimizer.step()
@@ -237,8 +237,8 @@ def traffic(count: int, bucket_bytes: int) -> tuple[dict[str, int], dict[str, in
         optimizer.step()
         counting = Counting(monkey)
         optimizer.step()
-        assert optimizer._replicated is not None
-        owners = [optimizer._replicated.owners[p] for p in params]
+        assert optimizer._owners is not None
+        owners = [optimizer._owners.owners[p] for p in params]
         return dict(counting.calls), dict(counting.bytes), owners, rows * 32 * 4
 
 
@@ -264,8 +264,8 @@ def uneven_traffic() -> tuple[int, list[tuple[int, int]]]:
         optimizer.step()
         counting = Counting(monkey)
         optimizer.step()
-        assert optimizer._replicated is not None
-        return counting.bytes["results"], [(optimizer._replicated.owners[p], p.nbytes) for p in params[: len(SHAPES)]]
+        assert optimizer._owners is not None
+        return counting.bytes["results"], [(optimizer._owners.owners[p], p.nbytes) for p in params[: len(SHAPES)]]
 
 
 def test_the_greatest_share_sets_the_traffic(pools: ProcessPools):
@@ -314,7 +314,7 @@ def scaled_steps() -> list[bool]:
         for params, optimizer in pairs:
             for p, grad in zip(params, gradients(params, step), strict=True):
                 p.grad = grad * 8.0
-            owners = optimizer._replicated is not None
+            owners = optimizer._owners is not None
             bad = step == 2 and (not owners or dist.get_rank() == dist.get_world_size() - 1)
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(float(bad))
             optimizer.step()

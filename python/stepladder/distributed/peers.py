@@ -76,6 +76,15 @@ class Peers:
         with named(what):
             return Pending(_all_gather(out, own, group=self.group, async_op=True), what)
 
+    def all_to_all(
+        self, incoming: Tensor, outgoing: Tensor, of_each: list[int], to_each: list[int], what: str
+    ) -> Pending:
+        """Begin to exchange bytes between all ranks; both buffers contiguous, with their bytes for each rank."""
+        what = f"{self._name}'s all-to-all of {what}"
+        with named(what):
+            work = dist.all_to_all_single(incoming, outgoing, of_each, to_each, group=self.group, async_op=True)
+            return Pending(work, what)
+
     def broadcast(self, tensor: Tensor, source: int, what: str) -> None:
         """Send rank `source`'s contiguous tensor to all."""
         with named(f"{self._name}'s broadcast of {what} from rank {source}"):
@@ -89,15 +98,16 @@ class Peers:
         return found
 
 
-def group_of(process_group: ProcessGroup | None, mesh: DeviceMesh | None) -> ProcessGroup | None:
-    """The group that replicated parameters are divided over, of an optimizer's arguments.
+def check_places(process_group: ProcessGroup | None, mesh: DeviceMesh | None) -> None:
+    """Refuse arguments of an optimizer that name no ranks.
 
     Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: Both are given, the mesh has several dimensions, or this process is not in the group.
+        TypeError: One has the wrong type.
+        ValueError: Both are given.
+        RuntimeError: This torch has no torch.distributed.
     """
     if process_group is None and mesh is None:
-        return None
+        return
     if not dist.is_available():
         raise RuntimeError("process_group and mesh need torch.distributed, which this torch was built without")
     if process_group is not None and mesh is not None:
@@ -107,16 +117,26 @@ def group_of(process_group: ProcessGroup | None, mesh: DeviceMesh | None) -> Pro
 
         if not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh must be a torch.distributed.DeviceMesh, got {mesh!r}")
-        if mesh.ndim != 1:
-            raise ValueError(
-                f"mesh={mesh} has {mesh.ndim} dimensions, expected one: mesh['name'] takes the one over which the "
-                "parameters are replicated"
-            )
-        process_group = mesh.get_group()
-    if not isinstance(process_group, dist.ProcessGroup):
+    elif not isinstance(process_group, dist.ProcessGroup):
         outside = process_group is dist.GroupMember.NON_GROUP_MEMBER
         raise TypeError(
             f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}"
             + ", which stands for a group without this process" * outside
         )
-    return process_group
+
+
+def group_of(process_group: ProcessGroup | None, mesh: DeviceMesh | None) -> ProcessGroup:
+    """The group that replicated parameters are divided over, of checked arguments of which one is given.
+
+    Raises:
+        ValueError: The mesh has several dimensions.
+    """
+    if mesh is None:
+        assert process_group is not None
+        return process_group
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"mesh={mesh} has {mesh.ndim} dimensions, expected one for parameters that are no DTensors: mesh['name'] "
+            "takes the one over which they are replicated"
+        )
+    return mesh.get_group()

@@ -12,8 +12,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from stepladder.coefficients import Triple, resolve
-from stepladder.distributed.peers import Peers, group_of
+from stepladder.distributed.owners import Owners
+from stepladder.distributed.peers import Peers, check_places, group_of
 from stepladder.distributed.replicated import Replicated
+from stepladder.distributed.sharded import Sharded, sharded_dim
 from stepladder.newton_schulz import gpu_iteration, matrix_unit
 from stepladder.optim import checks
 from stepladder.optim.base import Group, Options, Params
@@ -27,7 +29,8 @@ from stepladder.optim.matrix import (
     reads_rate,
 )
 from stepladder.optim.memory import waves_of
-from stepladder.optim.mixed import Mixed, Task, unscaled
+from stepladder.optim.mixed import Mixed, Task, named, place, unscaled
+from stepladder.optim.sharding import is_distributed
 from stepladder.reference.newton_schulz import METHODS
 
 if TYPE_CHECKING:
@@ -194,7 +197,8 @@ class MatrixOptions(Options, total=False):
         process_group: Of ranks with the same parameters and gradients, as under DistributedDataParallel: each matrix
             is stepped by one of them, which alone has its state, and sent to the others. Groups with an elementwise
             algorithm are stepped by all. See docs/scaling.md.
-        mesh: Of one dimension, in place of its process group.
+        mesh: Of one dimension, in place of its process group. DTensors, as `fully_shard` makes them, need neither: they
+            are divided over their ranks likewise, and `mesh` is then checked to be theirs.
     """
 
     process_group: ProcessGroup | None
@@ -219,10 +223,36 @@ class Orthogonalized(Mixed):
         mesh: DeviceMesh | None = None,
         **options: Unpack[Options],
     ) -> None:
-        group = group_of(process_group, mesh)
-        if group is not None:
-            self._replicated = Replicated(Peers(group, type(self).__name__))
+        check_places(process_group, mesh)
+        self._asked = process_group, mesh
         super().__init__(params, defaults, **options)
+
+    def _owners_with(self, group: Group) -> Owners | None:
+        name, owners = type(self).__name__, self._owners
+        process_group, mesh = self._asked
+        first = sum(len(known["params"]) for known in self.param_groups)
+        for position, (label, param) in enumerate(named(group)):
+            where = place(first + position, label)
+            if not is_distributed(param):
+                if isinstance(owners, Sharded):
+                    raise ValueError(f"{where} is a plain tensor beside DTensors, expected matrices of one kind")
+                if owners is None and (process_group is not None or mesh is not None):
+                    owners = Replicated(Peers(group_of(process_group, mesh), name))
+                continue
+            dim = sharded_dim(param, where)
+            if isinstance(owners, Replicated) or process_group is not None:
+                raise ValueError(f"{where} is a DTensor, which knows its ranks: expected no process_group beside it")
+            if owners is None:
+                if mesh is not None and mesh != param.device_mesh:
+                    raise ValueError(f"{where} is on {param.device_mesh}, expected the mesh that was given, {mesh}")
+                owners = Sharded(Peers(param.device_mesh.get_group(dim), name), param.device_mesh, dim)
+            assert isinstance(owners, Sharded)
+            if (param.device_mesh, dim) != (owners.mesh, owners.mesh_dim):
+                raise ValueError(
+                    f"{where} is sharded over dimension {dim} of {param.device_mesh}, others over {owners.mesh_dim} "
+                    f"of {owners.mesh}: expected the same for all matrices of one optimizer"
+                )
+        return owners
 
     @classmethod
     def check_matrices(cls, group: Group) -> None:
