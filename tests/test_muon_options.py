@@ -16,7 +16,7 @@ import stepladder as sl
 from stepladder import reference
 from stepladder.coefficients import SETS
 from stepladder.newton_schulz import TORCH, UNIT_VARIABLE, matrix_unit
-from stepladder.optim.orthogonalized import waves_of
+from stepladder.optim.memory import waves_of
 from stepladder.reference.muon import adamuon_update, decayed, normuon_update
 
 DOUBLE = torch.float64

@@ -162,6 +162,10 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
         """The state `name` before a parameter's first step: zeros of the parameter's shape and layout."""
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
+    def _state_like(self, param: Tensor, group: Group) -> Tensor:
+        """What a parameter's states are laid out like."""
+        return param
+
     @property
     def grad_norm(self) -> float | None:
         """Norm of all gradients before clipping, as of the last step with `max_norm`; None before it."""
@@ -271,7 +275,8 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
             if key in owners:
                 param, group = owners[key]
                 backend = backends.choose(self._backend, param.device.type)
-                new_state[param] = checked_state(self.of(group), key, entry, param, group, backend)
+                like = self._state_like(param, group)
+                new_state[param] = checked_state(self.of(group), key, entry, like, group, backend)
             elif isinstance(key, int):
                 raise ValueError(f"loaded state dict has state for parameter {key}, which is in none of its groups")
             else:

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from stepladder import backends, ranges, reference
+from stepladder.distributed.owners import Owners
+from stepladder.distributed.replicated import Replicated
+from stepladder.distributed.sharded import Sharded
 from stepladder.newton_schulz import kept_iterations
 from stepladder.optim.adamw import AdamW
 from stepladder.optim.base import SHARED_OPTIONS, Group, Optimizer
 from stepladder.optim.engine import (
     Engine,
     check_gradient,
+    check_parameter,
     check_tensors,
     clip_factor,
     describe_parameter,
+    has_internal_overlap,
     is_capturing,
     new_plan,
 )
 from stepladder.optim.lion import Lion
+from stepladder.optim.memory import meeting
 from stepladder.optim.sgd import SGD
-from stepladder.optim.sharding import is_distributed, local, whole_partials
-from stepladder.optim.state import create_state, missing_states
+from stepladder.optim.sharding import is_distributed, local, settled, whole_partials
+from stepladder.optim.state import check_complete, check_tensor, create_state, missing_states
 
 # What a group's `algorithm` may say beside the optimizer's own.
 ALGORITHMS: dict[str, type[Optimizer]] = {"adamw": AdamW, "lion": Lion, "sgd": SGD, "momentum": SGD}
@@ -33,6 +40,23 @@ MOMENTUM = 0.9
 
 # A parameter to be stepped, its group and the backend for its device.
 Task = tuple[Tensor, Group, str]
+
+
+def unscaled(param: Tensor, inverse_scale: float) -> Tensor:
+    """A parameter's gradient times `inverse_scale`, which is written back to it."""
+    assert param.grad is not None
+    if has_internal_overlap(param.grad):
+        param.grad = param.grad.contiguous()
+    return unscale(param.grad, inverse_scale)
+
+
+def unscale(grad: Tensor, inverse_scale: float) -> Tensor:
+    """A gradient times `inverse_scale`, in fp32 at least; it is written back."""
+    if grad.dtype in (torch.float32, torch.float64):
+        return grad.mul_(inverse_scale)
+    product = grad.float() * inverse_scale
+    grad.copy_(product)
+    return product
 
 
 @functools.cache
@@ -56,6 +80,8 @@ class Mixed(Optimizer):
     rules = ()
     choosing = ("algorithm",)
     complex_parameters = False
+    # Who owns which matrix, where several processes share the work.
+    _owners: Owners | None = None
 
     @classmethod
     def of(cls, group: Group) -> type[Optimizer]:
@@ -90,6 +116,11 @@ class Mixed(Optimizer):
         """Raise ValueError for values that a parameter cannot have before its first step."""
 
     @classmethod
+    def cost(cls, param: Tensor, group: Group) -> float:
+        """Of stepping a parameter, in the same units for all parameters; from shapes and hyper-parameters alone."""
+        raise AssertionError(f"{cls.__name__} has no owners of parameters")
+
+    @classmethod
     def check_backends(cls, chosen: set[tuple[str, torch.device]]) -> None:
         """Raise where one of the backends that matrices were given to could not run on its device."""
 
@@ -121,6 +152,68 @@ class Mixed(Optimizer):
     def _new_engine(self) -> Engine:
         return MixedEngine(type(self), self._backend, self._max_norm)
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer, and whole: what other ranks own is gathered from them.
+
+        With `process_group` or `mesh`, every rank has to call this, and each gets the same.
+
+        Raises:
+            RuntimeError: Another rank ended, or did not call this within the timeout of the group.
+        """
+        if self._owners is None:
+            return super().state_dict()
+        own = self.__dict__["state"]
+        self.__dict__["state"] = self._owners.whole(own, [p for g in self.param_groups for p in g["params"]])
+        try:
+            return super().state_dict()
+        finally:
+            self.__dict__["state"] = own
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer of this package.
+
+        With `process_group` or `mesh`, every rank has to load the same checkpoint, however many ranks and which
+        optimizer of the same name it came from; each keeps the states of what it owns.
+
+        Raises:
+            ValueError: Groups or states do not fit; nothing has then changed.
+            TypeError: A state has the wrong type; nothing has then changed.
+        """
+        if isinstance(self._owners, Sharded):
+            state_dict = self._with_whole_states(state_dict)
+        super().load_state_dict(state_dict)
+        if self._owners is not None:
+            states = self.__dict__["state"]
+            groups = [group for group in self.param_groups if self.of(group) is type(self)]
+            kept = [(p, group) for group in groups for p in group["params"] if states.get(p)]
+            give_owners(self._owners, type(self), kept)
+            self._owners.drop(states)
+
+    def _with_whole_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint in which states of matrices are whole, in place of shards that other ranks have parts of."""
+        states = dict(state_dict.get("state", {}))
+        for group, saved in zip(self.param_groups, state_dict.get("param_groups", ()), strict=False):
+            for key in saved["params"] if self.of(group) is type(self) else ():
+                entry = states.get(key, {})
+                states[key] = {name: x.full_tensor() if is_distributed(x) else x for name, x in entry.items()}
+        return state_dict | {"state": states}
+
+    def _state_like(self, param: Tensor, group: Group) -> Tensor:
+        if self.of(group) is not type(self) or not is_distributed(param):
+            return param
+        # The owner has whole states; the shape and layout of a whole parameter, without its memory.
+        return torch.empty(1, dtype=param.dtype, device=param.device).expand(param.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._owners is not None:
+            raise TypeError(
+                f"{type(self).__name__} with a process group cannot be pickled or copied: state_dict() has all that "
+                "another one needs"
+            )
+        return super().__getstate__()
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, in mid-run too.
 
@@ -143,12 +236,30 @@ class Mixed(Optimizer):
         if family is type(self):
             family.check(own | param_group)
             family.check_params(own | param_group, sum(len(group["params"]) for group in self.param_groups))
+        owners = self._owners
+        if family is type(self):
+            owners = self._owners_with(param_group)
         # What torch fills in is the algorithm's own.
         self.defaults = filled
         try:
             super().add_param_group(param_group)
         finally:
             self.defaults = own
+        self._owners = owners
+
+    def _owners_with(self, group: Group) -> Owners | None:
+        """Who steps matrices, with those of a new group.
+
+        Raises:
+            TypeError: They are distributed, and this optimizer takes no such parameters.
+        """
+        first = sum(len(known["params"]) for known in self.param_groups)
+        for position, (name, param) in enumerate(named(group)):
+            if is_distributed(param):
+                raise TypeError(
+                    f"{place(first + position, name)} is a DTensor, which {type(self).__name__} does not take"
+                )
+        return self._owners
 
     def _check_keys(self, group: Group, taken: set[str]) -> None:
         """Refuse hyper-parameters that another algorithm takes; other keys are the user's own."""
@@ -162,13 +273,10 @@ class Mixed(Optimizer):
 
     @classmethod
     def check_params(cls, group: Group, first: int) -> None:
-        params = group["params"]
-        names = dict(enumerate(group.get("param_names") or ()))
-        for position, item in enumerate([params] if isinstance(params, Tensor) else params):
-            name, param = item if isinstance(item, tuple) and len(item) == 2 else (names.get(position), item)
+        for position, (name, param) in enumerate(named(group)):
             # A lazy parameter has no shape yet, and what is no tensor is torch's to refuse.
             if isinstance(param, Tensor) and not torch.nn.parameter.is_lazy(param):
-                where = f"parameter {first + position}" + (f" ({name})" if name is not None else "")
+                where = place(first + position, name)
                 cls.check_shape(param, group, where)
 
     @classmethod
@@ -177,11 +285,35 @@ class Mixed(Optimizer):
         return family.required_keys(group) if family is not cls else cls.hyper_keys() - cls.late_keys
 
 
+def give_owners(owners: Owners, family: type[Mixed], params: Sequence[tuple[Tensor, Group]]) -> None:
+    """Have parameters owned that are not yet; those that share memory by one rank."""
+    new = [(param, group) for param, group in params if param not in owners.owners]
+    # Shards that share memory are not stepped in place, and may do so on one rank alone.
+    alone = isinstance(owners, Sharded)
+    units = [[index] for index in range(len(new))] if alone else meeting([param for param, _ in new])
+    costs = [sum(family.cost(*new[index]) for index in unit) for unit in units]
+    owners.own([[new[index][0] for index in unit] for unit in units], costs)
+
+
+def place(index: int, name: str | None) -> str:
+    """How messages name a parameter that is being added."""
+    return f"parameter {index}" + (f" ({name})" if name is not None else "")
+
+
+def named(group: Group) -> list[tuple[str | None, Any]]:
+    """Names and tensors of a group's parameters, which may be given as (name, tensor)."""
+    params = group["params"]
+    names = dict(enumerate(group.get("param_names") or ()))
+    items = enumerate([params] if isinstance(params, Tensor) else params)
+    return [item if isinstance(item, tuple) and len(item) == 2 else (names.get(i), item) for i, item in items]
+
+
 class MixedEngine(Engine):
     """Steps the matrices of an optimizer together, and its other groups by their rules.
 
     All groups are checked before anything is written. GradScaler's skip and scale, and the norm of `max_norm`, are
-    waited for on a GPU, so that neither goes with a capture.
+    waited for on a GPU, so that neither goes with a capture. Where matrices have owners, a rank creates the states of
+    its own alone and steps them alone; other groups are stepped on all ranks alike.
     """
 
     family: type[Mixed]
@@ -204,10 +336,16 @@ class MixedEngine(Engine):
                     f"{self.family.__name__}.step() with a GradScaler or max_norm waits for the GPU, and cannot be "
                     f"captured into a CUDA graph: max_norm={self._limit}, grad_scale={grad_scale}"
                 )
-        if found_inf is not None and float(found_inf) != 0.0:
-            return
+            if owners_of(optimizer) is not None:
+                raise RuntimeError(
+                    f"{self.family.__name__}.step() with a process group waits for the other ranks, and cannot be "
+                    "captured into a CUDA graph"
+                )
+        skip = found_inf is not None and float(found_inf) != 0.0
         with ranges.phase("check"):
-            tasks = self._check(optimizer, capturing)
+            tasks = self._checked(optimizer, capturing, skip)
+        if tasks is None:
+            return
         inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
         if self._limit is not None:
             with ranges.phase("norm"):
@@ -226,10 +364,33 @@ class MixedEngine(Engine):
             return super()._hyper_keys(group)
         return sorted(self.family.hyper_keys() & group.keys())
 
+    def _checked(self, optimizer: torch.optim.Optimizer, capturing: bool, skip: bool) -> list[Task] | None:
+        """The matrices to be stepped, checked by all ranks before any of them goes on; None to leave the step out."""
+        owners = owners_of(optimizer)
+        if owners is None:
+            return None if skip else self._check(optimizer, capturing)
+        # What is sharded elementwise goes its own way: a rank without a gradient need not know of others'.
+        groups = [g for g in optimizer.param_groups if self.family.of(g) is self.family or type(owners) is Replicated]
+        params = [param for group in groups for param in group["params"]]
+        while True:
+            error: Exception | None = None
+            tasks: list[Task] = []
+            try:
+                tasks = [] if skip else self._check(optimizer, capturing)
+            except Exception as found:
+                error = found
+            skip, received = owners.agree(params, skip, error)
+            if skip or not received:
+                break
+        if skip:
+            return None
+        give_owners(owners, self.family, [(param, group) for param, group, _ in tasks])
+        return tasks
+
     def _check(self, optimizer: torch.optim.Optimizer, capturing: bool) -> list[Task]:
         """Check all groups, and the matrices that have a gradient; returns these."""
         # Not by the property, which would have the states of the other groups looked at again.
-        states = optimizer.__dict__["state"]
+        states, owners = optimizer.__dict__["state"], owners_of(optimizer)
         tasks: list[Task] = []
         seen: set[Tensor] = set()
         first = 0
@@ -251,10 +412,12 @@ class MixedEngine(Engine):
                 seen.add(param)
                 state = states.get(param, {})
                 self.family.check_shape(param, group, where)
-                backend = check_tensors(param, state, self.family, group, self.backend, where)
+                check = check_shard if is_distributed(param) else check_tensors
+                backend = check(param, state, self.family, group, self.backend, where)
                 if capturing:
                     self.family.check_capture(param, group, state, backend, where)
-                if missing_states(self.family, state, group):
+                elsewhere = owners is not None and owners.is_elsewhere(param)
+                if not elsewhere and not is_distributed(param) and missing_states(self.family, state, group):
                     self.family.check_start(param, group, where)
                 tasks.append((param, group, backend))
             first += len(params)
@@ -271,6 +434,8 @@ class MixedEngine(Engine):
                 if param.grad is not None:
                     where = describe_parameter(first + position, group, position)
                     check_gradient(param.grad, param, self.family.of(group).__name__, where)
+                    if is_distributed(param):
+                        param.grad = settled(param.grad, param)
                     graded.append(param)
             first += len(group["params"])
         plan = new_plan()
@@ -293,9 +458,61 @@ class MixedEngine(Engine):
     def _step_matrices(
         self, optimizer: torch.optim.Optimizer, tasks: list[Task], inverse_scale: float | None, factor: float
     ) -> None:
-        states = optimizer.__dict__["state"]
-        for param, group, _ in tasks:
-            if param.grad is not None and param.grad.is_neg():
-                param.grad = param.grad.resolve_neg()
-            create_state(self.family, states[param], param, group, torch.device("cpu"))
-        self.family.step_matrices(tasks, states, self.backend, inverse_scale, factor)
+        states, owners = optimizer.__dict__["state"], owners_of(optimizer)
+
+        def step(own: list[Task], states: dict[Tensor, Any]) -> None:
+            for param, group, _ in own:
+                if param.grad is not None and param.grad.is_neg():
+                    param.grad = param.grad.resolve_neg()
+                create_state(self.family, states[param], param, group, torch.device("cpu"))
+            self.family.step_matrices(own, states, self.backend, inverse_scale, factor)
+
+        if owners is None:
+            step(tasks, states)
+            return
+        params = [param for param, _, _ in tasks]
+        for param in params:
+            # Checkpointing takes an optimizer without any entry for one that has not stepped yet.
+            states.setdefault(param, {})
+        if isinstance(owners, Replicated):
+            owners.step(params, lambda which: step([tasks[i] for i in which], states))
+            if inverse_scale is not None:
+                for param in filter(owners.is_elsewhere, params):
+                    unscaled(param, inverse_scale)
+            return
+        assert isinstance(owners, Sharded)
+        for param in params:
+            param.grad = settled(param.grad, param)
+
+        def step_whole(whole: dict[int, Tensor]) -> None:
+            own = [(value, *tasks[i][1:]) for i, value in whole.items()]
+            step(own, {value: states[params[i]] for i, value in whole.items()})
+
+        owners.step(params, step_whole)
+        if inverse_scale is not None:
+            for param in params:
+                assert param.grad is not None
+                unscale(local(param.grad), inverse_scale)
+
+
+def owners_of(optimizer: torch.optim.Optimizer) -> Owners | None:
+    """Who steps its matrices; an accelerated optimizer has none."""
+    return getattr(optimizer, "_owners", None)
+
+
+def check_shard(
+    param: Tensor, state: dict[str, Any], family: type[Optimizer], group: Group, backend: str | None, where: str
+) -> str:
+    """Check a shard, its gradient, and the states of the whole parameter; returns the backend that steps this.
+
+    Raises:
+        As `check_tensors`.
+    """
+    check_parameter(local(param), family, group, where)
+    assert param.grad is not None
+    check_gradient(param.grad, param, family.__name__, where)
+    check_complete(family, state, group, where)
+    for name in family.states(group):
+        if state.get(name) is not None:
+            check_tensor(name, state[name], param, where, family.state_shape(name, param, group))
+    return backends.choose(backend, param.device.type)

@@ -11,8 +11,17 @@ from typing_extensions import Unpack
 
 from stepladder.coefficients import Coefficients
 from stepladder.optim import checks
-from stepladder.optim.base import Group, Options, Params
-from stepladder.optim.orthogonalized import EXTRAS, Orthogonalized, choice, given, layout_of, neurons, not_negative
+from stepladder.optim.base import Group, Params
+from stepladder.optim.orthogonalized import (
+    EXTRAS,
+    MatrixOptions,
+    Orthogonalized,
+    choice,
+    given,
+    layout_of,
+    neurons,
+    not_negative,
+)
 from stepladder.reference.muon import ADJUSTMENTS, adjustment
 
 VARIANTS = (None, "normuon", "adamuon")
@@ -64,7 +73,8 @@ class Muon(Orthogonalized):
         cautious_weight_decay: Decay only the elements that the update does not move away from zero.
         options: See `stepladder.optim.base.Options`, but for `stochastic_rounding`. `max_norm` clips the norm of all
             groups together. `capturable` goes with the backend "cuda" alone, and with no variant: a captured step
-            reads a learning rate in a tensor on the GPU at each replay.
+            reads a learning rate in a tensor on the GPU at each replay. `process_group` or `mesh`, as
+            `stepladder.optim.orthogonalized.MatrixOptions` says, divide the matrices over processes.
 
     Raises:
         ValueError: A hyper-parameter is out of range, or a shape does not fit.
@@ -100,7 +110,7 @@ class Muon(Orthogonalized):
         variant: str | None = None,
         beta2: float = 0.95,
         cautious_weight_decay: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[MatrixOptions],
     ) -> None:
         defaults = {
             "lr": lr,

@@ -7,9 +7,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from stepladder.coefficients import Coefficients
-from stepladder.optim.base import Group, Optimizer, Options, Params
+from stepladder.optim.base import Group, Optimizer, Params
 from stepladder.optim.matrix import MuonSettings
-from stepladder.optim.orthogonalized import EXTRAS, Orthogonalized, given, layout_of
+from stepladder.optim.orthogonalized import EXTRAS, MatrixOptions, Orthogonalized, given, layout_of
 from stepladder.reference.muon import frobenius
 
 
@@ -60,7 +60,7 @@ class MuonH(Orthogonalized):
         maximize: bool = False,
         momentum_form: str = "ema",
         ns_method: str = "auto",
-        **options: Unpack[Options],
+        **options: Unpack[MatrixOptions],
     ) -> None:
         defaults = {
             "lr": lr,

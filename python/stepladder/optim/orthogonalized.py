@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from stepladder.coefficients import Triple, resolve
+from stepladder.distributed.owners import Owners
+from stepladder.distributed.peers import Peers, check_places, group_of
+from stepladder.distributed.replicated import Replicated
+from stepladder.distributed.sharded import Sharded, sharded_dim
 from stepladder.newton_schulz import gpu_iteration, matrix_unit
 from stepladder.optim import checks
-from stepladder.optim.base import Group
-from stepladder.optim.engine import has_internal_overlap
+from stepladder.optim.base import Group, Options, Params
 from stepladder.optim.matrix import (
     MatrixLayout,
     MuonJob,
@@ -24,8 +28,14 @@ from stepladder.optim.matrix import (
     muon_step,
     reads_rate,
 )
-from stepladder.optim.mixed import Mixed, Task
+from stepladder.optim.memory import waves_of
+from stepladder.optim.mixed import Mixed, Task, named, place, unscaled
+from stepladder.optim.sharding import is_distributed
 from stepladder.reference.newton_schulz import METHODS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 FORMS = ("ema", "sum")
 # Keys that a group has only where they were given, and what they mean where not: all others are torch.optim.Muon's.
@@ -180,38 +190,19 @@ def neurons(shape: torch.Size) -> torch.Size:
     return torch.Size((*shape[:-2], m, 1) if m >= n else (*shape[:-2], 1, n))
 
 
-def unscaled(param: Tensor, inverse_scale: float) -> Tensor:
-    """A parameter's gradient times `inverse_scale`, which is written back to it."""
-    assert param.grad is not None
-    if has_internal_overlap(param.grad):
-        param.grad = param.grad.contiguous()
-    if param.grad.dtype in (torch.float32, torch.float64):
-        return param.grad.mul_(inverse_scale)
-    product = param.grad.float() * inverse_scale
-    param.grad.copy_(product)
-    return product
+class MatrixOptions(Options, total=False):
+    """What optimizers of matrices take beside the options of all.
 
+    Attributes:
+        process_group: Of ranks with the same parameters and gradients, as under DistributedDataParallel: each matrix
+            is stepped by one of them, which alone has its state, and sent to the others. Groups with an elementwise
+            algorithm are stepped by all. See docs/scaling.md.
+        mesh: Of one dimension, in place of its process group. DTensors, as `fully_shard` makes them, need neither: they
+            are divided over their ranks likewise, and `mesh` is then checked to be theirs.
+    """
 
-def waves_of(params: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of parameters in waves: those whose bounding address ranges meet are in different ones, in order."""
-    ranges = []
-    for index, p in enumerate(params):
-        if p.numel():
-            reach = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
-            ranges.append((p.data_ptr(), p.data_ptr() + (reach + 1) * p.element_size(), index))
-    waves: list[list[int]] = []
-    meeting: list[int] = []
-    end: float = 0
-    for begin, past, index in [*sorted(ranges), (math.inf, math.inf, -1)]:
-        if begin >= end:
-            for wave, member in enumerate(sorted(meeting)):
-                if wave == len(waves):
-                    waves.append([])
-                waves[wave].append(member)
-            meeting = []
-        meeting.append(index)
-        end = max(end, past)
-    return [sorted(wave) for wave in waves]
+    process_group: ProcessGroup | None
+    mesh: DeviceMesh | None
 
 
 class Orthogonalized(Mixed):
@@ -222,6 +213,46 @@ class Orthogonalized(Mixed):
     keys: ClassVar[frozenset[str]]
     # Whether a step may be captured into a CUDA graph: it must be one call of the kernels.
     can_be_captured: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: Group,
+        *,
+        process_group: ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        check_places(process_group, mesh)
+        self._asked = process_group, mesh
+        super().__init__(params, defaults, **options)
+
+    def _owners_with(self, group: Group) -> Owners | None:
+        name, owners = type(self).__name__, self._owners
+        process_group, mesh = self._asked
+        first = sum(len(known["params"]) for known in self.param_groups)
+        for position, (label, param) in enumerate(named(group)):
+            where = place(first + position, label)
+            if not is_distributed(param):
+                if isinstance(owners, Sharded):
+                    raise ValueError(f"{where} is a plain tensor beside DTensors, expected matrices of one kind")
+                if owners is None and (process_group is not None or mesh is not None):
+                    owners = Replicated(Peers(group_of(process_group, mesh), name))
+                continue
+            dim = sharded_dim(param, where)
+            if isinstance(owners, Replicated) or process_group is not None:
+                raise ValueError(f"{where} is a DTensor, which knows its ranks: expected no process_group beside it")
+            if owners is None:
+                if mesh is not None and mesh != param.device_mesh:
+                    raise ValueError(f"{where} is on {param.device_mesh}, expected the mesh that was given, {mesh}")
+                owners = Sharded(Peers(param.device_mesh.get_group(dim), name), param.device_mesh, dim)
+            assert isinstance(owners, Sharded)
+            if (param.device_mesh, dim) != (owners.mesh, owners.mesh_dim):
+                raise ValueError(
+                    f"{where} is sharded over dimension {dim} of {param.device_mesh}, others over {owners.mesh_dim} "
+                    f"of {owners.mesh}: expected the same for all matrices of one optimizer"
+                )
+        return owners
 
     @classmethod
     def check_matrices(cls, group: Group) -> None:
@@ -254,6 +285,16 @@ class Orthogonalized(Mixed):
                 matrix_unit()
             elif backend == "cuda":
                 gpu_iteration(device)
+
+    @classmethod
+    def cost(cls, param: Tensor, group: Group) -> float:
+        """Operations of the iteration in its standard form, of symmetric products half: 3m²n + m³ for each step."""
+        steps = len(resolve(group["ns_coefficients"], group["ns_steps"]).steps)
+        total = 0.0
+        for shape in layout_of(param, group, "", cls.__name__).shapes(param):
+            m, n = sorted(shape[-2:])
+            total += shape[:-2].numel() * steps * (3.0 * m * m * n + float(m) ** 3)
+        return total
 
     @classmethod
     def scale(cls, group: Group, shape: torch.Size) -> float:

@@ -16,8 +16,9 @@ from stepladder import backends, ranges
 from stepladder.newton_schulz import matrix_unit
 from stepladder.optim import checks
 from stepladder.optim.base import Group
-from stepladder.optim.mixed import Mixed, Task
-from stepladder.optim.orthogonalized import is_count, unscaled, waves_of
+from stepladder.optim.memory import waves_of
+from stepladder.optim.mixed import Mixed, Task, unscaled
+from stepladder.optim.orthogonalized import is_count
 from stepladder.optim.together import widened
 from stepladder.parallel import over_threads
 from stepladder.products import mm

@@ -1,0 +1,81 @@
+"""Who owns which matrix, from costs and sizes alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+import stepladder as sl
+from stepladder.distributed import assignment
+from stepladder.distributed.assignment import assign, buckets
+from stepladder.distributed.packing import Packing, Piece
+
+# The matrices of GPT-2 124M's blocks; embeddings and head are AdamW's.
+GPT2 = [shape for _ in range(12) for shape in [(2304, 768), (768, 768), (3072, 768), (768, 3072)]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("split", [None, (768, 768, 768)])
+def test_the_matrices_of_gpt2_are_balanced(ranks: int, split: tuple[int, ...] | None):
+    params = [torch.empty(shape, device="meta") for shape in GPT2]
+    optimizer = sl.Muon([torch.empty(2, 2)])
+    groups = [
+        optimizer.defaults | ({"split_sizes": split} if p.shape[0] == 2304 and split is not None else {})
+        for p in params
+    ]
+    costs = [sl.Muon.cost(p, group) for p, group in zip(params, groups, strict=True)]
+    loads = [0.0] * ranks
+    owners = assign(costs, loads)
+    for rank, load in enumerate(loads):
+        assert load == pytest.approx(sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank))
+    assert max(loads) / (sum(loads) / ranks) <= 1.15
+    # And nothing that they send to each other is padding, but for what one rank owns more than another.
+    pieces = [Piece(p.shape, torch.float32, owner) for p, owner in zip(params, owners, strict=True)]
+    found = buckets([piece.nbytes for piece in pieces], owners, ranks)
+    assert len(found) > 1
+    sent = sum(Packing([pieces[index] for index in bucket], ranks).stride for bucket in found)
+    assert sent == max(sum(piece.nbytes for piece in pieces if piece.owner == rank) for rank in range(ranks))
+
+
+def test_the_greatest_load_is_within_grahams_bound():
+    random.seed(0)
+    for _ in range(20):
+        costs = [random.choice([0.0, 1.0, 2.0, 5.0, random.random()]) for _ in range(7)]
+        for ranks in (1, 2, 3):
+            loads = [0.0] * ranks
+            assign(costs, loads)
+            best = min(
+                max(sum(c for c, r in zip(costs, given, strict=True) if r == rank) for rank in range(ranks))
+                for given in itertools.product(range(ranks), repeat=len(costs))
+            )
+            assert max(loads) <= (4 / 3 - 1 / (3 * ranks)) * best + 1e-12
+
+
+def test_what_was_given_before_counts():
+    loads = [3.0, 0.0, 0.0]
+    assert assign([1.0, 1.0, 2.0, 1.0], loads) == [2, 2, 1, 1]
+    assert loads == [3.0, 3.0, 2.0]
+    assert sorted(assign([0.0] * 3, [0.0] * 3)) == [0, 1, 2]
+    assert assign([], [0.0]) == []
+
+
+def test_buckets_hold_all_and_about_as_much_of_each_rank(monkeypatch):
+    assert buckets([], [], 4) == []
+    assert buckets([8, 4, 8], [0, 1, 0], 2) == [[0, 2, 1]]
+    monkeypatch.setattr(assignment, "BUCKET_BYTES", 100)
+    sizes, owners = [40, 10] * 30, [0, 1] * 30
+    found = buckets(sizes, owners, 2)
+    assert len(found) == assignment.MOST_BUCKETS
+    assert sorted(index for bucket in found for index in bucket) == list(range(60))
+    for rank, whole in ((0, 1200), (1, 300)):
+        for bucket in found:
+            share = sum(sizes[index] for index in bucket if owners[index] == rank)
+            # Off by a piece at either end.
+            assert abs(share - whole / len(found)) <= max(
+                size for size, o in zip(sizes, owners, strict=True) if o == rank
+            )
+    # One that is larger than all others together takes more buckets than there are pieces: the empty ones go.
+    assert buckets([10_000], [1], 2) == [[0]]
