@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -210,6 +211,35 @@ def test_a_mixed_batch(eps: float, method: str, backend: str):
             assert same.iterations[own].equal(info.iterations[k])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_singular_matrices_have_no_root_without_damping(method: str, backend: str):
+    g = torch.Generator().manual_seed(5)
+    for n in (2, 3, 5, 12, 29):
+        for missing in {1, 2, 3} & set(range(1, n)):
+            # Gram matrices of small integers are exact, and so is their rank.
+            factor = torch.randint(-6, 7, (20, n, n - missing), generator=g).float()
+            singular = factor @ factor.mT
+            regular = with_eigenvalues(eigenvalues("geometric", n, 1e6)).float()
+            for p in EXPONENTS:
+                x, info = sl.ops.inverse_root(torch.cat([singular, regular[None]]), p, 0.0, method, backend=backend)
+                assert info.status.tolist() == 20 * [RootStatus.FAILED] + [RootStatus.CONVERGED]
+                assert x[:-1].isnan().all()
+                assert x[-1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_roots_at_the_end_of_fp64(backend: str):
+    eye = torch.eye(2, dtype=torch.float64)
+    for tiny in (1e-308, 5e-309):
+        x, info = sl.ops.inverse_root(torch.stack([eye, tiny * eye]), 1, method="newton", backend=backend)
+        reachable = 1.0 / tiny < math.inf
+        assert info.status.tolist() == [RootStatus.CONVERGED, RootStatus.CONVERGED if reachable else RootStatus.FAILED]
+        torch.testing.assert_close(x[0], eye)
+        if reachable:
+            torch.testing.assert_close(x[1] * tiny, eye)
+
+
 def test_absolute_damping_of_tiny_matrices():
     for backend in BACKENDS:
         for method in METHODS:
@@ -394,6 +424,8 @@ REFUSED: tuple[tuple[Any, dict[str, Any], type[Exception], str], ...] = (
     (EYE, {"eps": math.nan}, ValueError, r"eps=nan is out of range"),
     (EYE, {"eps": math.inf}, ValueError, r"eps=inf is out of range"),
     (EYE, {"eps": True}, TypeError, r"eps must be a number, got True"),
+    (EYE, {"eps": 10**400}, ValueError, r"eps=10+ is out of range"),
+    (None, {}, TypeError, r"A must be a tensor or a list of tensors, got None"),
     (EYE, {"eps": "small"}, TypeError, r"eps must be a number, got 'small'"),
     (EYE, {"relative_eps": -1.0}, ValueError, r"relative_eps=-1.0 is out of range"),
     (EYE, {"relative_eps": math.nan}, ValueError, r"relative_eps=nan is out of range"),
@@ -408,6 +440,16 @@ REFUSED: tuple[tuple[Any, dict[str, Any], type[Exception], str], ...] = (
 def test_refusals(a: Any, arguments: dict[str, Any], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         sl.ops.inverse_root(a, **({"p": 2} | arguments))
+
+
+def test_a_damping_may_be_any_real_number():
+    x, _ = sl.ops.inverse_root(EYE, 2, Fraction(1, 4))
+    assert torch.equal(x, sl.ops.inverse_root(EYE, 2, 0.25)[0])
+
+
+def test_the_smallest_numbers_may_be_rounded_too():
+    a = torch.tensor([[3e-42, 1e-42], [1e-42 + 1.4e-45, 3e-42]])
+    assert int(sl.ops.inverse_root(a, 4, 1e-12)[1].status) == RootStatus.CONVERGED
 
 
 def test_rounding_is_no_asymmetry():

@@ -589,6 +589,8 @@ OWN: dict[Any, tuple[tuple[dict[str, Any], type[Exception], str], ...]] = {
         ({"grafting": None}, ValueError, r"grafting=None is unknown"),
         ({"root_method": "svd"}, ValueError, r"root_method='svd' is unknown, expected one of 'auto', 'eigh', 'newton'"),
         ({"exponent_override": 3}, ValueError, r"exponent_override=3 is unknown, expected one of None, 1, 2, 4"),
+        ({"exponent_override": True}, ValueError, r"exponent_override=True is unknown"),
+        ({"exponent_override": 2.0}, ValueError, r"exponent_override=2.0 is unknown"),
         ({"start_preconditioning_step": 0}, ValueError, r"start_preconditioning_step=0 is out of range"),
         ({"momentum": 0.9}, TypeError, r"unexpected keyword arguments \['momentum'\]"),
     ),

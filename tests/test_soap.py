@@ -285,6 +285,41 @@ def test_a_first_gradient_that_is_not_finite_is_none(bad: float, backend: str, v
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_kl_soap_outlives_gradients_of_zeros(backend: str):
+    # With this beta, factors go from 1 to the subnormal numbers within 150 steps, and to zero after 170.
+    p = copy_of(normal([(6, 5)], torch.float32, 0)[0])
+    optimizer = sl.SOAP([p], variant="kl", backend=backend, shampoo_beta=0.5, precondition_frequency=1)
+    for t in range(200):
+        p.grad = gradient(p.shape, t).float() if t < 3 else torch.zeros_like(p)
+        optimizer.step()
+    state = optimizer.state[p]
+    assert float(state["failed_bases"]) == 0.0
+    assert all(bool(state[name].isfinite().all()) for name in ("factors", "eigenvalues", "bases"))
+    before = p.detach().clone()
+    p.grad = gradient(p.shape, 0).float()
+    optimizer.step()
+    assert p.isfinite().all()
+    assert not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("cls", [sl.SOAP, sl.Shampoo])
+def test_a_gradient_whose_square_is_infinite_does_the_same_on_both_backends(cls: type):
+    # In fp32; later moments are infinite, and the element rests.
+    ends = []
+    for backend in ("cpu", "reference"):
+        p = copy_of(normal([(6, 5)], torch.float32, 0)[0])
+        optimizer = cls([p], backend=backend)
+        for t in range(6):
+            p.grad = gradient(p.shape, t).float()
+            if t == 3:
+                p.grad[1, 2] = 1e25
+            optimizer.step()
+        ends.append(p.detach())
+    assert torch.equal(ends[0].isfinite(), ends[1].isfinite())
+    torch.testing.assert_close(*ends, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_basis_that_cannot_be_refreshed_stays_and_is_counted(backend: str):
     p, q = ([copy_of(x) for x in normal([(6, 5), (4, 4)], DOUBLE, 0)] for _ in range(2))
     optimizer, sound = (sl.SOAP(x, backend=backend, precondition_frequency=3) for x in (p, q))

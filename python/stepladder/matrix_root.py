@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import overload
 
 import torch
@@ -22,7 +22,7 @@ from stepladder.reference.matrix_root import (
     newton_roots,
     noise_of,
     residuals,
-    without_overflow,
+    without_failures,
 )
 
 # How far from symmetric a matrix may be, in units of epsilon times its largest element: of the arithmetic's, for sums
@@ -93,6 +93,8 @@ def inverse_root(
     """
     check(p, eps, relative_eps, method)
     backends.check_available(backend)
+    if not isinstance(A, Tensor) and not isinstance(A, Iterable):
+        raise TypeError(f"A must be a tensor or a list of tensors, got {A!r}")
     given = [A] if isinstance(A, Tensor) else list(A)
     with ranges.kernel("check"):
         for index, a in enumerate(given):
@@ -103,7 +105,9 @@ def inverse_root(
     for a, stack, (x, info) in zip(given, stacks, pairs, strict=True):
         how = method_for(method, backend, a)
         with ranges.kernel("residual"):
-            info = info._replace(residual=residuals(x, damped(stack, eps, relative_eps, how), p, info.status))
+            info = info._replace(
+                residual=residuals(x, damped(stack, float(eps), float(relative_eps), how), p, info.status)
+            )
         results.append(x.reshape(a.shape))
         infos.append(RootInfo(*(value.reshape(a.shape[:-2]) for value in info)))
     return (results[0], infos[0]) if isinstance(A, Tensor) else (results, infos)
@@ -121,7 +125,7 @@ def check(p: int, eps: float, relative_eps: float, method: str) -> None:
     for name, value in (("eps", eps), ("relative_eps", relative_eps)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
-        if not 0.0 <= value < math.inf:
+        if not 0.0 <= value <= sys.float_info.max:
             raise ValueError(f"{name}={value} is out of range, expected a finite number of at least 0")
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown, expected one of {', '.join(map(repr, METHODS))}")
@@ -139,11 +143,14 @@ def check_symmetric(a: Tensor, where: str, method: str, backend: str | None) -> 
             raise TypeError(f"{where} has dtype {a.dtype}, which backend={backend!r} does not take")
     if a.numel() == 0:
         return
-    largest = widened(a).abs().amax((-2, -1), keepdim=True)
-    epsilons = ASYMMETRY * torch.finfo(largest.dtype).eps + ROUNDED * torch.finfo(a.dtype).eps
+    # In fp64, as the bounds of the smallest matrices would be no normal numbers; those lie `spacing` apart.
+    wide = a.double()
+    spacing = torch.finfo(a.dtype).tiny * torch.finfo(a.dtype).eps
+    largest = wide.abs().amax((-2, -1), keepdim=True)
+    epsilons = ASYMMETRY * torch.finfo(widened(a).dtype).eps + ROUNDED * torch.finfo(a.dtype).eps
     finite = largest.isfinite()
-    limit = epsilons * torch.where(finite, largest, 0.0)
-    apart = torch.where(finite, (widened(a) - widened(a).mT).abs(), 0.0)
+    limit = epsilons * torch.where(finite, largest, 0.0) + spacing
+    apart = torch.where(finite, (wide - wide.mT).abs(), 0.0)
     if bool((apart > limit).any()):
         n = a.shape[-1]
         worst = int((apart - limit).argmax())
@@ -188,7 +195,8 @@ def roots(
         with ranges.kernel("inverse_root"):
             found = run([stacks[i] for i in indices], p, eps, relative_eps)
         for index, result in zip(indices, found, strict=True):
-            results[index] = without_overflow(*result)
+            undamped = key.endswith("newton") and eps == relative_eps == 0.0
+            results[index] = without_failures(stacks[index], *result, p, undamped)
     return [result for result in results if result is not None]
 
 

@@ -67,7 +67,7 @@ def not_negative(group: Group, name: str, label: str) -> None:
 
 def choice(group: Group, name: str, allowed: Sequence[Any]) -> None:
     """Refuse what is not among the allowed values."""
-    if group[name] not in allowed:
+    if not any(type(group[name]) is type(value) and group[name] == value for value in allowed):
         raise ValueError(f"{name}={group[name]!r} is unknown, expected one of {', '.join(map(repr, allowed))}")
 
 

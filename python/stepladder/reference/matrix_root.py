@@ -33,6 +33,8 @@ WIDE_STEPS = 30
 # Of the largest eigenvalue: matrices are squared this often, and the last one is multiplied by this often.
 SQUARINGS = 3
 MULTIPLICATIONS = 32
+# Where a norm from below will do. Of what rounding makes of a singular matrix one product shows the size.
+FEW_MULTIPLICATIONS = 8
 
 
 class RootStatus(IntEnum):
@@ -100,14 +102,28 @@ def inverse_root(
         x, info = newton_roots(stack, p, eps, relative_eps)
     else:
         x, info = eigh_roots(stack, p, eps, relative_eps, noise_of(A.dtype))
-    x, info = without_overflow(x, info)
+    x, info = without_failures(stack, x, info, p, method == "newton" and eps == relative_eps == 0.0)
     info = info._replace(residual=residuals(x, damped(stack, eps, relative_eps, method), p, info.status))
     return x.reshape(A.shape), RootInfo(*(value.reshape(A.shape[:-2]) for value in info))
 
 
-def without_overflow(x: Tensor, info: RootInfo) -> tuple[Tensor, RootInfo]:
-    """Roots of which those with an infinite element have failed. x: [B, n, n]"""
-    failed = (info.status < RootStatus.FAILED) & ~x.isfinite().all(-1).all(-1)
+def without_failures(A: Tensor, x: Tensor, info: RootInfo, p: float, singular: bool) -> tuple[Tensor, RootInfo]:
+    """Roots of which those have failed that only look like one.
+
+    Args:
+        A: What they are roots of, undamped. [B, n, n]
+        x: [B, n, n]
+        info: Of each.
+        p: Which root.
+        singular: Whether A may be singular, so that rounding alone has made a root: its least eigenvalue, as the root
+            has it, is then within the rounding of A.
+    """
+    failed = ~x.isfinite().all(-1).all(-1)
+    if singular and x.numel():
+        # Both are at most what they stand for, so that no matrix fails that should not.
+        of_root, of_matrix = (norms_from_below(torch.where(failed[:, None, None], 1.0, m)).log() for m in (x, A))
+        failed |= p * of_root + of_matrix + math.log(noise_of(A.dtype)) >= 0.0
+    failed &= info.status < RootStatus.FAILED
     status = torch.where(failed, int(RootStatus.FAILED), info.status)
     return torch.where(failed[:, None, None], math.nan, x), info._replace(status=status)
 
@@ -195,7 +211,12 @@ def newton_root(A: Tensor, p: int, eps: float, relative_eps: float) -> tuple[Ten
         steps += more
     if status == RootStatus.FAILED:
         return nothing, steps, status
-    return (root.double() * unit ** (-1.0 / p)).to(A.dtype), steps, status
+    root = root.double()
+    # In two factors, neither of which is too large where their product is a number.
+    exponent = math.frexp(unit)[1] - 1
+    for part in (exponent // 2, exponent - exponent // 2):
+        root = root * 2.0 ** (-part / p)
+    return root.to(A.dtype), steps, status
 
 
 def coupled_newton(
@@ -286,6 +307,19 @@ def largest_eigenvalue(A: Tensor) -> float:
         v = squared @ v
         v = v / v.norm()
     return float(v @ (A @ v) / (v @ v))
+
+
+def norms_from_below(A: Tensor) -> Tensor:
+    """At most ‖A‖₂ of matrices [B, n, n], mostly near it, by a few products with a vector, all at once. [B], fp64"""
+    size = A.abs().amax((-2, -1), keepdim=True)
+    size = torch.where(size > 0.0, size, 1.0)
+    scaled = A / size
+    v = probe(A.shape[-1], A.dtype).to(A.device)[:, None].expand(len(A), -1, 1)
+    norm = torch.ones_like(size)
+    for _ in range(FEW_MULTIPLICATIONS + 1):
+        v = scaled @ (v / torch.where(norm > 0.0, norm, 1.0))
+        norm = v.square().sum((-2, -1), keepdim=True).sqrt()
+    return norm[:, 0, 0].double() * size[:, 0, 0].double()
 
 
 def probe(n: int, dtype: torch.dtype) -> Tensor:

@@ -129,6 +129,6 @@ def grafted(
     if grafting == "adagrad":
         v = v + g.square()
         return smoothed / (v.sqrt() + eps), v
-    v = lerp(v, g.square(), 1.0 - beta2)
+    v = beta2 * v + (1.0 - beta2) * g.square()
     correction = 1.0 - power(beta2, time) if bias_correction and grafting == "adam" else 1.0
     return smoothed / ((v / correction).sqrt() + eps), v

@@ -102,7 +102,7 @@ def soap(
     beta1, beta2 = betas
     projected = project(g, bases)
     m = lerp(m, projected, 1.0 - beta1)
-    v = lerp(v, projected.square(), 1.0 - beta2)
+    v = beta2 * v + (1.0 - beta2) * projected.square()
     size = lr
     if bias_correction:
         size *= math.sqrt(1.0 - power(beta2, time)) / (1.0 - power(beta1, time))
@@ -155,10 +155,10 @@ def soap(
 
 
 def damped_inverse(values: Tensor) -> Tensor:
-    """1/(λ + 1e-6·λmax), where no λ is below 0; 1 for zeros."""
+    """1/(λ + 1e-6·λmax), where no λ is below 0; 1 for zeros, and where the damping would be no normal number."""
     values = values.clamp(min=0.0)
     top = values.max()
-    return torch.where(top > 0, 1.0 / (values + KL_DAMPING * top), 1.0)
+    return torch.where(top > torch.finfo(values.dtype).tiny / KL_DAMPING, 1.0 / (values + KL_DAMPING * top), 1.0)
 
 
 def off_diagonal(factor: Tensor, diagonal: Tensor) -> float:
