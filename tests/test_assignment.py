@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +40,32 @@ def test_the_matrices_of_gpt2_are_balanced(ranks: int, split: tuple[int, ...] | 
     assert len(found) > 1
     sent = sum(Packing([pieces[index] for index in bucket], ranks).stride for bucket in found)
     assert sent == max(sum(piece.nbytes for piece in pieces if piece.owner == rank) for rank in range(ranks))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("optimizer", [sl.Shampoo, sl.SOAP, partial(sl.SOAP, variant="kl")])
+def test_preconditioned_matrices_of_gpt2_are_balanced(optimizer: Any, ranks: int):
+    made = optimizer([torch.empty(2, 2)])
+    costs = [made.cost(torch.empty(shape, device="meta"), made.defaults) for shape in GPT2]
+    loads = [0.0] * ranks
+    assign(costs, loads)
+    assert max(loads) / (sum(loads) / ranks) <= 1.15
+
+
+def test_what_a_preconditioned_parameter_costs():
+    """The formulas of docs/scaling.md, for blocks, a dimension without a factor, and parameters without any."""
+    shampoo = sl.Shampoo([torch.empty(2, 2)], max_preconditioner_dim=4, precondition_frequency=5)
+    # Blocks of 3×4, 3×3, 2×4 and 2×3 of a 5×7 matrix.
+    sides = [(3, 12), (4, 12), (3, 9), (3, 9), (2, 8), (4, 8), (2, 6), (3, 6)]
+    expected = 35 + sum(3 * n * e + 11 * n**3 / 5 for n, e in sides)
+    assert shampoo.cost(torch.empty(5, 7), shampoo.defaults) == pytest.approx(expected)
+    soap = sl.SOAP([torch.empty(2, 2)], max_preconditioner_dim=6, precondition_frequency=4)
+    w = torch.empty(5, 7)
+    for variant, products in ((None, 5), ("kl", 7)):
+        expected = 35 + products * 5 * 35 + (4 * 5 * 35 + 14 / 3 * 5**3) / 4
+        assert soap.cost(w, soap.defaults | {"variant": variant}) == pytest.approx(expected)
+    for optimizer in (sl.Shampoo([w], precondition_1d=False), soap):
+        assert optimizer.cost(torch.empty(9), optimizer.defaults) == 9
 
 
 def test_the_greatest_load_is_within_grahams_bound():

@@ -167,6 +167,18 @@ def test_copies(cls: type[Any], copied: Callable[[Any], Any]):
     assert all(same_bits(p, r) for p, r in zip(both.p, twin.p, strict=True))
 
 
+@pytest.mark.parametrize("cls", [sl.Muon, sl.MuonH, sl.Shampoo, sl.SOAP])
+def test_a_copy_takes_new_parameters(cls: type[Any]):
+    twin = copy.deepcopy(cls([torch.nn.Parameter(matrix((4, 3), 1))]))
+    added = torch.nn.Parameter(matrix((5, 2), 2))
+    twin.add_param_group({"params": [added]})
+    before = added.detach().clone()
+    for seed in range(2):  # SOAP's first step moves nothing
+        added.grad = torch.randn(5, 2, generator=torch.Generator().manual_seed(seed))
+        twin.step()
+    assert not torch.equal(added, before)
+
+
 @pytest.mark.parametrize("cls", [sl.Muon, sl.MuonH])
 def test_a_run_goes_on_from_a_checkpoint(cls: type[Any]):
     both, other = Both(cls), Both(cls)

@@ -36,7 +36,28 @@ MAKERS: dict[str, Any] = {
     "clipped": lambda params, **where: sl.Muon(params, lr=0.02, max_norm=0.5, **where),
     "reference": lambda params, **where: sl.Muon(params, lr=0.02, backend="reference", **where),
     "muonh": lambda params, **where: sl.MuonH(params, lr=0.02, **where),
+    "shampoo": lambda params, **where: sl.Shampoo(
+        params, lr=0.02, max_preconditioner_dim=16, precondition_frequency=2, weight_decay=0.1, **where
+    ),
+    "staggered shampoo": lambda params, **where: sl.Shampoo(
+        params,
+        lr=0.02,
+        max_preconditioner_dim=48,
+        precondition_frequency=4,
+        stagger=True,
+        packed=True,
+        grafting="sgd",
+        **where,
+    ),
+    "soap": lambda params, **where: sl.SOAP(params, lr=0.02, precondition_frequency=3, weight_decay=0.1, **where),
+    "staggered soap": lambda params, **where: sl.SOAP(
+        params, lr=0.02, precondition_frequency=4, stagger=True, packed=True, precondition_1d=True, **where
+    ),
+    "kl": lambda params, **where: sl.SOAP(
+        params, lr=0.02, precondition_frequency=4, stagger=True, variant="kl", backend="cpu", **where
+    ),
 }
+PRECONDITIONERS = ("shampoo", "staggered shampoo", "soap", "staggered soap", "kl")
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -45,12 +66,17 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in [*SHAPES, *VECTORS]]
 
 
-def grouped(params: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Vectors go to AdamW, the second matrix has three parts."""
+def grouped(params: list[nn.Parameter], name: str = "muon") -> list[dict[str, Any]]:
+    """Vectors go to AdamW; the second matrix has three parts, or a preconditioner and a vector beside it."""
+    if name in PRECONDITIONERS:
+        own = {"params": [params[1], params[len(SHAPES)]], "lr": 0.01, "precondition_frequency": 5}
+        vectors = params[len(SHAPES) + 1 :]
+    else:
+        own, vectors = {"params": [params[1]], "lr": 0.01, "split_sizes": (4, 4, 8)}, params[len(SHAPES) :]
     return [
         {"params": [params[0], *params[2 : len(SHAPES)]]},
-        {"params": [params[1]], "lr": 0.01, "split_sizes": (4, 4, 8)},
-        {"params": params[len(SHAPES) :], "algorithm": "adamw"},
+        own,
+        {"params": vectors, "algorithm": "adamw"},
     ]
 
 
@@ -77,7 +103,7 @@ def train_beside_one(name: str, dtype: torch.dtype) -> list[bool]:
     pairs = []
     for where in ({}, {"process_group": dist.group.WORLD}):
         params = parameters(dtype)
-        pairs.append((params, MAKERS[name](grouped(params), **where)))
+        pairs.append((params, MAKERS[name](grouped(params, name), **where)))
     found = []
     for step in range(10):
         for params, optimizer in pairs:
@@ -94,19 +120,29 @@ def test_owners_give_the_bits_of_a_single_process(pools: ProcessPools, size: int
     assert all(all(found) for found in pools(size).run(train_beside_one, name, torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes(pools: ProcessPools, dtype: torch.dtype):
-    assert all(all(found) for found in pools(3).run(train_beside_one, "muon", dtype))
+DTYPES = [
+    ("muon", torch.float64),
+    ("muon", torch.bfloat16),
+    ("muon", torch.float16),
+    ("staggered shampoo", torch.float64),
+    ("shampoo", torch.float16),
+    ("soap", torch.bfloat16),
+]
 
 
-def step_with_gaps() -> bool:
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
+def test_other_dtypes(pools: ProcessPools, dtype: torch.dtype, name: str):
+    assert all(all(found) for found in pools(3).run(train_beside_one, name, dtype))
+
+
+def step_with_gaps(name: str) -> bool:
     """Gradients that some ranks lack, that nobody has, frozen parameters, and ones that are added in mid-run."""
     rank = dist.get_rank()
     pairs = []
     for where in ({}, {"process_group": dist.group.WORLD}):
         params = parameters()
         params[3].requires_grad_(False)
-        optimizer = MAKERS["normuon"](grouped(params), **where)
+        optimizer = MAKERS[name](grouped(params, name), **where)
         pairs.append((params, optimizer))
     found = []
     for step in range(8):
@@ -124,15 +160,16 @@ def step_with_gaps() -> bool:
     return all(found)
 
 
+@pytest.mark.parametrize("name", ["normuon", "staggered shampoo", "staggered soap"])
 @pytest.mark.parametrize("size", SIZES)
-def test_missing_gradients_and_new_parameters(pools: ProcessPools, size: int):
-    assert all(pools(size).run(step_with_gaps))
+def test_missing_gradients_and_new_parameters(pools: ProcessPools, size: int, name: str):
+    assert all(pools(size).run(step_with_gaps, name))
 
 
-def states_of_matrices() -> tuple[int, int, list[list[str]]]:
+def states_of_matrices(name: str) -> tuple[int, int, list[list[str]]]:
     """Bytes of the states of matrices: of a single process, of this rank; and which states it has for each."""
     alone, shared = parameters()[: len(SHAPES)], parameters()[: len(SHAPES)]
-    optimizers = [MAKERS["muonh"](alone), MAKERS["muonh"](shared, process_group=dist.group.WORLD)]
+    optimizers = [MAKERS[name](alone), MAKERS[name](shared, process_group=dist.group.WORLD)]
     for params, optimizer in zip((alone, shared), optimizers, strict=True):
         for p, grad in zip(params, gradients(params, 0), strict=True):
             p.grad = grad
@@ -140,11 +177,19 @@ def states_of_matrices() -> tuple[int, int, list[list[str]]]:
     return optimizers[0].state_bytes(), optimizers[1].state_bytes(), [sorted(optimizers[1].state[p]) for p in shared]
 
 
-def test_a_state_lives_at_the_owner_alone(pools: ProcessPools):
-    answers = pools(3).run(states_of_matrices)
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [
+        ("muonh", ["momentum_buffer", "radius"]),
+        ("shampoo", ["exp_avg", "exp_avg_sq", "factors", "failed_roots", "roots", "step"]),
+        ("soap", ["bases", "exp_avg", "exp_avg_sq", "factors", "failed_bases", "step"]),
+    ],
+)
+def test_a_state_lives_at_the_owner_alone(pools: ProcessPools, name: str, states: list[str]):
+    answers = pools(3).run(states_of_matrices, name)
     assert sum(answer[1] for answer in answers) == answers[0][0]
     for each in zip(*(answer[2] for answer in answers), strict=True):
-        assert sorted(each) == [[], [], ["momentum_buffer", "radius"]]
+        assert sorted(each) == [[], [], states]
 
 
 def trajectory(
@@ -157,7 +202,7 @@ def trajectory(
         options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
     elif where == "group":
         options["process_group"] = dist.group.WORLD
-    optimizer = MAKERS[name](grouped(params), **options)
+    optimizer = MAKERS[name](grouped(params, name), **options)
     if checkpoint is not None:
         for p, value in zip(params, checkpoint[0], strict=True):
             p.data.copy_(value)
@@ -179,7 +224,7 @@ def alike(a: Any, b: Any) -> bool:
     return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, Tensor) else bool(a == b)
 
 
-@pytest.mark.parametrize("name", ["normuon", "adamuon", "muonh"])
+@pytest.mark.parametrize("name", ["normuon", "adamuon", "muonh", "staggered shampoo", "staggered soap", "kl"])
 def test_a_checkpoint_of_four_ranks_goes_on_with_any_number(pools: ProcessPools, name: str):
     torch.set_num_threads(1)
     whole, state, _ = trajectory(name, 0, 6, None, "alone")
@@ -192,10 +237,11 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_any_number(pools: ProcessPools,
         for params, again, _ in answers:
             assert same(params, whole)
             assert alike(again, state)
-        # States of vectors are with every rank.
-        vectors = sum(saved[0][1]["state"][len(SHAPES) + k]["exp_avg"].nbytes * 2 + 4 for k in range(len(VECTORS)))
-        matrices = [answer[2] - vectors for answer in answers]
-        total = sum(value.nbytes for index in range(len(SHAPES)) for value in saved[0][1]["state"][index].values())
+        # States of AdamW are with every rank.
+        sizes = [sum(value.nbytes for value in entry.values()) for _, entry in sorted(saved[0][1]["state"].items())]
+        owned = len(SHAPES) + (name in PRECONDITIONERS)
+        matrices = [answer[2] - sum(sizes[owned:]) for answer in answers]
+        total = sum(sizes[:owned])
         assert sum(matrices) == total
     params, again, _ = trajectory(name, 3, 6, saved[0][:2], "alone")
     assert same(params, whole)
@@ -276,20 +322,21 @@ def test_the_greatest_share_sets_the_traffic(pools: ProcessPools):
         assert received == 2 * -(-max(sent.values()) // 16) * 16
 
 
-def step_by_many_buckets() -> bool:
+def step_by_many_buckets(name: str) -> bool:
     with pytest.MonkeyPatch.context() as monkey:
         monkey.setattr(assignment, "BUCKET_BYTES", 256)
-        return all(train_beside_one("muonh", torch.float32))
+        return all(train_beside_one(name, torch.float32))
 
 
-def test_buckets_do_not_change_the_bits(pools: ProcessPools):
-    assert all(pools(2).run(step_by_many_buckets))
+@pytest.mark.parametrize("name", ["muonh", "shampoo", "staggered soap"])
+def test_buckets_do_not_change_the_bits(pools: ProcessPools, name: str):
+    assert all(pools(2).run(step_by_many_buckets, name))
 
 
-def step_at_rest() -> bool:
+def step_at_rest(name: str = "muonh") -> bool:
     params = parameters()
     before = [p.detach().clone() for p in params]
-    optimizer = MAKERS["muonh"](grouped(params), process_group=dist.group.WORLD)
+    optimizer = MAKERS[name](grouped(params, name), process_group=dist.group.WORLD)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     for step in range(2):
@@ -299,16 +346,17 @@ def step_at_rest() -> bool:
     return same(before, params)
 
 
-def test_a_learning_rate_of_zero_moves_nothing(pools: ProcessPools):
-    assert all(pools(2).run(step_at_rest))
+@pytest.mark.parametrize("name", ["muonh", "shampoo", "soap"])
+def test_a_learning_rate_of_zero_moves_nothing(pools: ProcessPools, name: str):
+    assert all(pools(2).run(step_at_rest, name))
 
 
-def scaled_steps() -> list[bool]:
+def scaled_steps(name: str) -> list[bool]:
     """As GradScaler steps: gradients that are scaled, and a step that one rank alone finds not to be finite."""
     pairs = []
     for where in ({}, {"process_group": dist.group.WORLD}):
         params = parameters()
-        pairs.append((params, MAKERS["muon"](grouped(params), **where)))
+        pairs.append((params, MAKERS[name](grouped(params, name), **where)))
     found = []
     for step in range(4):
         for params, optimizer in pairs:
@@ -325,8 +373,9 @@ def scaled_steps() -> list[bool]:
     return found
 
 
-def test_a_gradient_scaler_skips_on_all_ranks(pools: ProcessPools):
-    assert all(all(found) for found in pools(2).run(scaled_steps))
+@pytest.mark.parametrize("name", ["muon", "shampoo", "soap"])
+def test_a_gradient_scaler_skips_on_all_ranks(pools: ProcessPools, name: str):
+    assert all(all(found) for found in pools(2).run(scaled_steps, name))
 
 
 def step_that_one_refuses(what: str) -> tuple[str, bool, bool]:
@@ -420,7 +469,7 @@ def test_a_rank_that_does_not_come_is_given_up_after_the_timeout(pools: ProcessP
     pool.close()  # its ranks are no longer in step
 
 
-def checkpointed() -> list[bool]:
+def checkpointed(optimizer_class: Any) -> list[bool]:
     """By torch.distributed.checkpoint's functions, into an optimizer that has taken no step."""
     found = []
     model, other = (nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)) for _ in range(2))
@@ -433,7 +482,7 @@ def checkpointed() -> list[bool]:
             {"params": [p for p in net.parameters() if p.ndim == 2]},
             {"params": vectors, "algorithm": "lion"},
         ]
-        optimizers.append(sl.Muon(groups, lr=0.1, process_group=dist.group.WORLD))
+        optimizers.append(optimizer_class(groups, lr=0.1, process_group=dist.group.WORLD))
 
     def step(net: nn.Module, optimizer: Any, number: int) -> None:
         net_params = list(net.parameters())
@@ -455,18 +504,19 @@ def checkpointed() -> list[bool]:
     return found
 
 
-def test_distributed_checkpointing(pools: ProcessPools):
+@pytest.mark.parametrize("optimizer_class", [sl.Muon, sl.Shampoo, sl.SOAP])
+def test_distributed_checkpointing(pools: ProcessPools, optimizer_class: Any):
     """On four ranks two of which own nothing."""
-    assert all(all(found) for found in pools(4).run(checkpointed))
+    assert all(all(found) for found in pools(4).run(checkpointed, optimizer_class))
 
 
-def shared_memory() -> bool:
+def shared_memory(name: str) -> bool:
     """Matrices that share rows are stepped one after another, by one owner."""
     results = []
     for where in ({}, {"process_group": dist.group.WORLD}):
         w = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
         params = [nn.Parameter(w[:8]), nn.Parameter(w[4:]), nn.Parameter(torch.ones(5, 5))]
-        optimizer = MAKERS["muon"](params, **where)
+        optimizer = MAKERS[name](params, **where)
         for step in range(3):
             for p, grad in zip(params, gradients(params, step), strict=True):
                 p.grad = grad
@@ -475,8 +525,9 @@ def shared_memory() -> bool:
     return torch.equal(*results)
 
 
-def test_parameters_that_share_memory_have_one_owner(pools: ProcessPools):
-    assert all(pools(3).run(shared_memory))
+@pytest.mark.parametrize("name", ["muon", "shampoo", "soap"])
+def test_parameters_that_share_memory_have_one_owner(pools: ProcessPools, name: str):
+    assert all(pools(3).run(shared_memory, name))
 
 
 def refusals() -> dict[str, str]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from stepladder import backends, ranges, reference
 from stepladder.distributed.owners import Owners
+from stepladder.distributed.peers import Peers, check_places, group_of
 from stepladder.distributed.replicated import Replicated
-from stepladder.distributed.sharded import Sharded
+from stepladder.distributed.sharded import Sharded, sharded_dim
 from stepladder.newton_schulz import kept_iterations
 from stepladder.optim.adamw import AdamW
-from stepladder.optim.base import SHARED_OPTIONS, Group, Optimizer
+from stepladder.optim.base import SHARED_OPTIONS, Group, Optimizer, Options, Params
 from stepladder.optim.engine import (
     Engine,
     check_gradient,
@@ -34,12 +36,17 @@ from stepladder.optim.sgd import SGD
 from stepladder.optim.sharding import is_distributed, local, settled, whole_partials
 from stepladder.optim.state import check_complete, check_tensor, create_state, missing_states
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
 # What a group's `algorithm` may say beside the optimizer's own.
 ALGORITHMS: dict[str, type[Optimizer]] = {"adamw": AdamW, "lion": Lion, "sgd": SGD, "momentum": SGD}
 MOMENTUM = 0.9
 
-# A parameter to be stepped, its group and the backend for its device.
-Task = tuple[Tensor, Group, str]
+# A parameter to be stepped, its group, the backend for its device, and what stands for it in the group: itself, or the
+# DTensor that it is the whole of.
+Task = tuple[Tensor, Group, str, Tensor]
 
 
 def unscaled(param: Tensor, inverse_scale: float) -> Tensor:
@@ -68,6 +75,21 @@ def defaults_of(algorithm: str) -> Group:
     return defaults | ({"momentum": MOMENTUM} if algorithm == "momentum" else {})
 
 
+class MatrixOptions(Options, total=False):
+    """What optimizers of matrices take beside the options of all.
+
+    Attributes:
+        process_group: Of ranks with the same parameters and gradients, as under DistributedDataParallel: each matrix
+            is stepped by one of them, which alone has its state, and sent to the others. Groups with an elementwise
+            algorithm are stepped by all. See docs/scaling.md.
+        mesh: Of one dimension, in place of its process group. DTensors, as `fully_shard` makes them, need neither: they
+            are divided over their ranks likewise, and `mesh` is then checked to be theirs.
+    """
+
+    process_group: ProcessGroup | None
+    mesh: DeviceMesh | None
+
+
 class Mixed(Optimizer):
     """An optimizer of matrices whose groups may follow an elementwise algorithm instead, by their `algorithm`.
 
@@ -82,6 +104,21 @@ class Mixed(Optimizer):
     complex_parameters = False
     # Who owns which matrix, where several processes share the work.
     _owners: Owners | None = None
+    # The ranks that were asked for.
+    _asked: tuple[ProcessGroup | None, DeviceMesh | None] = None, None
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: Group,
+        *,
+        process_group: ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        check_places(process_group, mesh)
+        self._asked = process_group, mesh
+        super().__init__(params, defaults, **options)
 
     @classmethod
     def of(cls, group: Group) -> type[Optimizer]:
@@ -116,9 +153,9 @@ class Mixed(Optimizer):
         """Raise ValueError for values that a parameter cannot have before its first step."""
 
     @classmethod
+    @abstractmethod
     def cost(cls, param: Tensor, group: Group) -> float:
         """Of stepping a parameter, in the same units for all parameters; from shapes and hyper-parameters alone."""
-        raise AssertionError(f"{cls.__name__} has no owners of parameters")
 
     @classmethod
     def check_backends(cls, chosen: set[tuple[str, torch.device]]) -> None:
@@ -251,15 +288,33 @@ class Mixed(Optimizer):
         """Who steps matrices, with those of a new group.
 
         Raises:
-            TypeError: They are distributed, and this optimizer takes no such parameters.
+            ValueError: They lie otherwise than those that are there, or as no owner could be sent them.
         """
+        name, owners = type(self).__name__, self._owners
+        process_group, mesh = self._asked
         first = sum(len(known["params"]) for known in self.param_groups)
-        for position, (name, param) in enumerate(named(group)):
-            if is_distributed(param):
-                raise TypeError(
-                    f"{place(first + position, name)} is a DTensor, which {type(self).__name__} does not take"
+        for position, (label, param) in enumerate(named(group)):
+            where = place(first + position, label)
+            if not is_distributed(param):
+                if isinstance(owners, Sharded):
+                    raise ValueError(f"{where} is a plain tensor beside DTensors, expected matrices of one kind")
+                if owners is None and (process_group is not None or mesh is not None):
+                    owners = Replicated(Peers(group_of(process_group, mesh), name))
+                continue
+            dim = sharded_dim(param, where)
+            if isinstance(owners, Replicated) or process_group is not None:
+                raise ValueError(f"{where} is a DTensor, which knows its ranks: expected no process_group beside it")
+            if owners is None:
+                if mesh is not None and mesh != param.device_mesh:
+                    raise ValueError(f"{where} is on {param.device_mesh}, expected the mesh that was given, {mesh}")
+                owners = Sharded(Peers(param.device_mesh.get_group(dim), name), param.device_mesh, dim)
+            assert isinstance(owners, Sharded)
+            if (param.device_mesh, dim) != (owners.mesh, owners.mesh_dim):
+                raise ValueError(
+                    f"{where} is sharded over dimension {dim} of {param.device_mesh}, others over {owners.mesh_dim} "
+                    f"of {owners.mesh}: expected the same for all matrices of one optimizer"
                 )
-        return self._owners
+        return owners
 
     def _check_keys(self, group: Group, taken: set[str]) -> None:
         """Refuse hyper-parameters that another algorithm takes; other keys are the user's own."""
@@ -384,7 +439,7 @@ class MixedEngine(Engine):
                 break
         if skip:
             return None
-        give_owners(owners, self.family, [(param, group) for param, group, _ in tasks])
+        give_owners(owners, self.family, [(param, group) for param, group, *_ in tasks])
         return tasks
 
     def _check(self, optimizer: torch.optim.Optimizer, capturing: bool) -> list[Task]:
@@ -419,9 +474,9 @@ class MixedEngine(Engine):
                 elsewhere = owners is not None and owners.is_elsewhere(param)
                 if not elsewhere and not is_distributed(param) and missing_states(self.family, state, group):
                     self.family.check_start(param, group, where)
-                tasks.append((param, group, backend))
+                tasks.append((param, group, backend, param))
             first += len(params)
-        self.family.check_backends({(backend, param.device) for param, _, backend in tasks})
+        self.family.check_backends({(backend, param.device) for param, _, backend, _ in tasks})
         return tasks
 
     def _total_norm(self, optimizer: torch.optim.Optimizer, inverse_scale: float) -> float:
@@ -461,7 +516,7 @@ class MixedEngine(Engine):
         states, owners = optimizer.__dict__["state"], owners_of(optimizer)
 
         def step(own: list[Task], states: dict[Tensor, Any]) -> None:
-            for param, group, _ in own:
+            for param, group, *_ in own:
                 if param.grad is not None and param.grad.is_neg():
                     param.grad = param.grad.resolve_neg()
                 create_state(self.family, states[param], param, group, torch.device("cpu"))
@@ -470,7 +525,7 @@ class MixedEngine(Engine):
         if owners is None:
             step(tasks, states)
             return
-        params = [param for param, _, _ in tasks]
+        params = [param for param, *_ in tasks]
         for param in params:
             # Checkpointing takes an optimizer without any entry for one that has not stepped yet.
             states.setdefault(param, {})

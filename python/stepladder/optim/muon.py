@@ -12,9 +12,9 @@ from typing_extensions import Unpack
 from stepladder.coefficients import Coefficients
 from stepladder.optim import checks
 from stepladder.optim.base import Group, Params
+from stepladder.optim.mixed import MatrixOptions
 from stepladder.optim.orthogonalized import (
     EXTRAS,
-    MatrixOptions,
     Orthogonalized,
     choice,
     given,
@@ -74,7 +74,7 @@ class Muon(Orthogonalized):
         options: See `stepladder.optim.base.Options`, but for `stochastic_rounding`. `max_norm` clips the norm of all
             groups together. `capturable` goes with the backend "cuda" alone, and with no variant: a captured step
             reads a learning rate in a tensor on the GPU at each replay. `process_group` or `mesh`, as
-            `stepladder.optim.orthogonalized.MatrixOptions` says, divide the matrices over processes.
+            `stepladder.optim.mixed.MatrixOptions` says, divide the matrices over processes.
 
     Raises:
         ValueError: A hyper-parameter is out of range, or a shape does not fit.

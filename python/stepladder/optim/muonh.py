@@ -9,7 +9,8 @@ from typing_extensions import Unpack
 from stepladder.coefficients import Coefficients
 from stepladder.optim.base import Group, Optimizer, Params
 from stepladder.optim.matrix import MuonSettings
-from stepladder.optim.orthogonalized import EXTRAS, MatrixOptions, Orthogonalized, given, layout_of
+from stepladder.optim.mixed import MatrixOptions
+from stepladder.optim.orthogonalized import EXTRAS, Orthogonalized, given, layout_of
 from stepladder.reference.muon import frobenius
 
 

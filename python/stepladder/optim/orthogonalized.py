@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from stepladder.coefficients import Triple, resolve
-from stepladder.distributed.owners import Owners
-from stepladder.distributed.peers import Peers, check_places, group_of
-from stepladder.distributed.replicated import Replicated
-from stepladder.distributed.sharded import Sharded, sharded_dim
 from stepladder.newton_schulz import gpu_iteration, matrix_unit
 from stepladder.optim import checks
-from stepladder.optim.base import Group, Options, Params
+from stepladder.optim.base import Group
 from stepladder.optim.matrix import (
     MatrixLayout,
     MuonJob,
@@ -29,13 +24,8 @@ from stepladder.optim.matrix import (
     reads_rate,
 )
 from stepladder.optim.memory import waves_of
-from stepladder.optim.mixed import Mixed, Task, named, place, unscaled
-from stepladder.optim.sharding import is_distributed
+from stepladder.optim.mixed import Mixed, Task, unscaled
 from stepladder.reference.newton_schulz import METHODS
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 FORMS = ("ema", "sum")
 # Keys that a group has only where they were given, and what they mean where not: all others are torch.optim.Muon's.
@@ -190,21 +180,6 @@ def neurons(shape: torch.Size) -> torch.Size:
     return torch.Size((*shape[:-2], m, 1) if m >= n else (*shape[:-2], 1, n))
 
 
-class MatrixOptions(Options, total=False):
-    """What optimizers of matrices take beside the options of all.
-
-    Attributes:
-        process_group: Of ranks with the same parameters and gradients, as under DistributedDataParallel: each matrix
-            is stepped by one of them, which alone has its state, and sent to the others. Groups with an elementwise
-            algorithm are stepped by all. See docs/scaling.md.
-        mesh: Of one dimension, in place of its process group. DTensors, as `fully_shard` makes them, need neither: they
-            are divided over their ranks likewise, and `mesh` is then checked to be theirs.
-    """
-
-    process_group: ProcessGroup | None
-    mesh: DeviceMesh | None
-
-
 class Orthogonalized(Mixed):
     """An optimizer whose matrices move by the orthogonalised momentum of their gradients."""
 
@@ -213,46 +188,6 @@ class Orthogonalized(Mixed):
     keys: ClassVar[frozenset[str]]
     # Whether a step may be captured into a CUDA graph: it must be one call of the kernels.
     can_be_captured: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        params: Params,
-        defaults: Group,
-        *,
-        process_group: ProcessGroup | None = None,
-        mesh: DeviceMesh | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        check_places(process_group, mesh)
-        self._asked = process_group, mesh
-        super().__init__(params, defaults, **options)
-
-    def _owners_with(self, group: Group) -> Owners | None:
-        name, owners = type(self).__name__, self._owners
-        process_group, mesh = self._asked
-        first = sum(len(known["params"]) for known in self.param_groups)
-        for position, (label, param) in enumerate(named(group)):
-            where = place(first + position, label)
-            if not is_distributed(param):
-                if isinstance(owners, Sharded):
-                    raise ValueError(f"{where} is a plain tensor beside DTensors, expected matrices of one kind")
-                if owners is None and (process_group is not None or mesh is not None):
-                    owners = Replicated(Peers(group_of(process_group, mesh), name))
-                continue
-            dim = sharded_dim(param, where)
-            if isinstance(owners, Replicated) or process_group is not None:
-                raise ValueError(f"{where} is a DTensor, which knows its ranks: expected no process_group beside it")
-            if owners is None:
-                if mesh is not None and mesh != param.device_mesh:
-                    raise ValueError(f"{where} is on {param.device_mesh}, expected the mesh that was given, {mesh}")
-                owners = Sharded(Peers(param.device_mesh.get_group(dim), name), param.device_mesh, dim)
-            assert isinstance(owners, Sharded)
-            if (param.device_mesh, dim) != (owners.mesh, owners.mesh_dim):
-                raise ValueError(
-                    f"{where} is sharded over dimension {dim} of {param.device_mesh}, others over {owners.mesh_dim} "
-                    f"of {owners.mesh}: expected the same for all matrices of one optimizer"
-                )
-        return owners
 
     @classmethod
     def check_matrices(cls, group: Group) -> None:
@@ -365,7 +300,7 @@ class Orthogonalized(Mixed):
         factor: float,
     ) -> None:
         # Parameters that share memory are stepped one after another, as the elementwise plan does it.
-        for wave in waves_of([param for param, _, _ in tasks]):
+        for wave in waves_of([param for param, *_ in tasks]):
             cls._step_wave([tasks[i] for i in wave], states, backend, inverse_scale, factor)
 
     @classmethod
@@ -381,7 +316,7 @@ class Orthogonalized(Mixed):
         said: dict[tuple[int, bool], MuonSettings] = {}
         jobs: list[MuonJob] = []
         copies: list[tuple[Tensor, Tensor]] = []
-        for param, group, chosen in tasks:
+        for param, group, chosen, _ in tasks:
             grad = param.grad if inverse_scale is None else unscaled(param, inverse_scale)
             assert grad is not None
             if param.numel() == 0:

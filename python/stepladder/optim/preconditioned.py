@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -68,6 +69,13 @@ class FactorLayout:
                 pack_into(target, factor)
             else:
                 target.copy_(factor)
+
+    def worked_on(self) -> Iterator[tuple[int, int]]:
+        """The side of each factor, and the elements of its block."""
+        for first in range(0, len(self.sides), len(self.shape)):
+            block = self.sides[first : first + len(self.shape)]
+            numel = math.prod(size if n is None else n for n, size in zip(block, self.shape, strict=True))
+            yield from ((n, numel) for n in block if n is not None)
 
     @property
     def cost(self) -> float:
@@ -216,6 +224,27 @@ class Preconditioned(Mixed):
         return super().state_dtype(name, param, group)
 
     @classmethod
+    def cost(cls, param: Tensor, group: Group) -> float:
+        """Operations of a step, in the mean over those from one refresh to the next, and one for each element.
+
+        A factor of side n takes n for each element of its block, as half of a Gram matrix is computed, and 2n for
+        each of the products with it.
+        """
+        layout = cls.layout(param, group)
+        products, refresh_products, refresh_cubes = cls.operations(group)
+        frequency = int(group["precondition_frequency"])
+        total = float(param.numel())
+        for n, numel in layout.worked_on():
+            products_of_n = 1.0 + 2.0 * (products + refresh_products / frequency)
+            total += products_of_n * n * numel + refresh_cubes * float(n) ** 3 / frequency
+        return total
+
+    @classmethod
+    @abstractmethod
+    def operations(cls, group: Group) -> tuple[float, float, float]:
+        """Products with each factor of a step, of a refresh, and what else that takes, over n³."""
+
+    @classmethod
     @abstractmethod
     def pieces(cls, layout: FactorLayout) -> list[float]:
         """What is refreshed at a time, by its cost."""
@@ -240,7 +269,7 @@ class Preconditioned(Mixed):
     ) -> None:
         spread: dict[int, dict[Tensor, list[int]]] = {}
         found: list[Job] = []
-        for param, group, chosen in tasks:
+        for param, group, chosen, listed in tasks:
             if id(group) not in spread:
                 spread[id(group)] = cls.spread(group)
             grad = param.grad if inverse_scale is None else unscaled(param, inverse_scale)
@@ -249,7 +278,7 @@ class Preconditioned(Mixed):
                 continue
             layout = cls.layout(param, group)
             scale = -factor if group.get("maximize") else factor
-            phase = spread[id(group)][param]
+            phase = spread[id(group)][listed]
             job = Job(param, grad.reshape(layout.shape), scale, states[param], group, layout, phase, chosen)
             if not job.on_gpu:
                 job.settle()

@@ -16,7 +16,8 @@ from stepladder import ranges
 from stepladder.gram import update_grams
 from stepladder.multiply import Product, multiply
 from stepladder.optim import checks
-from stepladder.optim.base import Group, Optimizer, Options, Params
+from stepladder.optim.base import Group, Optimizer, Params
+from stepladder.optim.mixed import MatrixOptions
 from stepladder.optim.orthogonalized import choice
 from stepladder.optim.preconditioned import (
     FactorLayout,
@@ -79,7 +80,8 @@ class SOAP(Preconditioned):
         stagger: Spread the refreshes over the f steps, so that no step is a spike.
         packed: Keep of the symmetric factors one triangle alone: about half of their memory.
         maximize: Ascend instead.
-        options: As every optimizer takes them, but for `stochastic_rounding` and `capturable`.
+        options: As every optimizer takes them, but for `stochastic_rounding` and `capturable`. `process_group` or
+            `mesh`, as `stepladder.optim.mixed.MatrixOptions` says, divide the parameters over processes.
 
     Raises:
         ValueError: A hyper-parameter is out of range.
@@ -128,7 +130,7 @@ class SOAP(Preconditioned):
         stagger: bool = False,
         packed: bool = False,
         maximize: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[MatrixOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -201,6 +203,12 @@ class SOAP(Preconditioned):
     @classmethod
     def pieces(cls, layout: FactorLayout) -> list[float]:
         return [layout.cost]
+
+    @classmethod
+    def operations(cls, group: Group) -> tuple[float, float, float]:
+        # Into the bases and out of them; LQ is 2n³, a QR decomposition with its Q 8/3·n³ (Golub & Van Loan, 5.2).
+        # KL-SOAP whitens each dimension for the other's sake.
+        return 3.0 if group["variant"] == "kl" else 2.0, 2.0, 2.0 + 8.0 / 3.0
 
     @classmethod
     def step_jobs(cls, jobs: list[Job], backend: str | None) -> None:
