@@ -94,6 +94,14 @@ SETS: dict[str, Callable[[], Shapes]] = {
 # Sets whose parameters stand in a group each, with a learning rate of their own.
 APART = frozenset({"465-groups"})
 
+# Of the models, tensors of two and more dimensions that are no hidden matrices: embeddings, heads, what reads pixels.
+OUTSIDE: dict[str, Shapes] = {
+    "gpt2": [(50257, 768), (1024, 768)],
+    "resnet50": [(64, 3, 7, 7), (1000, 2048)],
+    "vit-b16": [(1, 1, 768), (768, 3, 16, 16), (1, 197, 768), (1000, 768)],
+    "llama-1b": [(128256, 2048)],
+}
+
 
 # Sets of matrices alone, for Muon and its like.
 MATRIX_SETS: dict[str, Callable[[], Shapes]] = {

@@ -3,6 +3,9 @@
     python examples/train_charlm.py --optimizer Lion
     python examples/train_charlm.py --optimizer Muon --lr 0.02
     python examples/train_charlm.py --compare torch.AdamW:fused AdamW
+    torchrun --standalone --nproc-per-node 2 examples/train_charlm.py --optimizer Muon
+
+Under torchrun the model is sharded by FSDP2, and every process takes its share of each batch.
 
 The text is the one behind Python's own help(), so nothing is downloaded.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from importlib.util import find_spec
@@ -20,10 +24,12 @@ from typing import Any
 
 import click
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import stepladder as sl
 from stepladder.bench.charlm import GPT, Text, sample
@@ -35,6 +41,23 @@ OTHER_RATE = 3e-3
 FORMS = {"": {}, "fused": {"fused": True}, "foreach": {"foreach": True}, "forloop": {"foreach": False}}
 UNTIMED = 3  # first steps: they create states and warm up
 COMPARED = 20  # steps over which --compare holds the curves together
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+
+def shard(model: GPT) -> None:
+    """Give every process its share of each parameter; gradients then are means over the processes."""
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "loss")
+
+
+def mean(loss: Tensor) -> float:
+    """Over all processes, each of which has the mean over its part of the batch."""
+    loss = loss.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+    return loss.item() / RANKS
 
 
 def parse(spec: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -76,6 +99,8 @@ class Run:
         torch.manual_seed(options["seed"])
         sizes = (options[key] for key in ("context", "width", "layers", "heads"))
         self.model = GPT(vocabulary, *sizes).to(getattr(torch, options["dtype"]))
+        if dist.is_initialized():
+            shard(self.model)
         self.optimizers = optimizers(name, self.model, options["lr"], options["fallback_lr"])
         steps, warmup = options["steps"], max(1, options["steps"] // 10)
 
@@ -99,7 +124,7 @@ class Run:
         after = time.perf_counter()
         for schedule in self.schedules:
             schedule.step()
-        self.losses.append(loss.item())
+        self.losses.append(mean(loss))
         self.step.append(after - before)
         self.whole.append(after - started)
 
@@ -113,7 +138,7 @@ class Run:
 
     @torch.no_grad()
     def validate(self, x: Tensor, y: Tensor) -> float:
-        return self.model.loss(x, y).item()
+        return mean(self.model.loss(x, y))
 
     def result(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         """What --json reports of a run; x and y are the validation batch."""
@@ -216,6 +241,12 @@ def main(
         raise click.UsageError(f"--width {options['width']} is no multiple of --heads {options['heads']}")
     if options["threads"]:
         torch.set_num_threads(options["threads"])
+    if options["batch"] % RANKS:
+        raise click.UsageError(f"--batch {options['batch']} is no multiple of the {RANKS} processes")
+    if pair and RANKS > 1:
+        raise click.UsageError("--compare runs in one process, without torchrun")
+    if RANKS > 1:
+        dist.init_process_group("gloo")
     text = Text()
     runs = [Run(name, text.vocabulary, options) for name in (pair or [optimizer])]
     nudged = Run(pair[0], text.vocabulary, options) if pair else None
@@ -224,18 +255,22 @@ def main(
 
     generator = torch.Generator().manual_seed(options["seed"])
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]}"))
-    with Progress(*columns, TimeRemainingColumn()) as progress:
+    with Progress(*columns, TimeRemainingColumn(), disable=RANK > 0) as progress:
         task = progress.add_task("training", total=options["steps"], loss="")
         for step in range(options["steps"]):
             x, y = sample(text.training, options["batch"], options["context"], generator)
             for run in runs:
-                run.advance(x, y)
+                run.advance(x.chunk(RANKS)[RANK], y.chunk(RANKS)[RANK])
             if nudged and step < COMPARED:
                 nudged.advance(x, y)
             progress.update(task, advance=1, loss=", ".join(f"{run.losses[-1]:.3f}" for run in runs))
 
-    held_out = sample(text.validation, 8 * options["batch"], options["context"], generator)
-    results = [run.result(*held_out) for run in runs]
+    x, y = sample(text.validation, 8 * options["batch"], options["context"], generator)
+    results = [run.result(x.chunk(RANKS)[RANK], y.chunk(RANKS)[RANK]) for run in runs]
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if RANK > 0:
+        return
     comparison = compare(*runs, nudged) if nudged else None
     show(results, comparison)
     if json_file:

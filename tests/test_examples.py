@@ -5,14 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from process_pool import ENVIRONMENT
 
 from stepladder.bench import report
-from stepladder.bench.charlm import Text
+from stepladder.bench.charlm import Text, sample
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "train_charlm.py"
@@ -75,6 +80,45 @@ def test_muon(tmp_path):
     assert theirs["losses"][0] == ours["losses"][0]
     assert ours["validation_loss"] < 3.7
     assert report["settings"]["fallback_lr"] == 0.01
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path):
+    """Sums over the batch and for the norm are taken in another order, and explain how far the two curves are apart.
+
+    The bound is that of --compare. A process that trains on its half of each batch alone goes beyond it.
+    """
+    settings = TINY | {"steps": 12}
+    path = tmp_path / "report.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    sizes = [f"--{name}={value}" for name, value in settings.items()]
+    command = [*launcher, "--nproc-per-node=2", EXAMPLE, *sizes, "--optimizer=Muon", "--json", path]
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, timeout=120)
+    assert process.returncode == 0, process.stderr
+    sharded = json.loads(path.read_text())["runs"][0]["losses"]
+
+    torch.set_num_threads(1)
+    text, example = Text(), runpy.run_path(str(EXAMPLE))
+    options = settings | {"seed": 0, "dtype": "float32", "lr": None, "fallback_lr": 3e-3, "max_norm": 1.0}
+    alone, nudged, half = (example["Run"]("Muon", text.vocabulary, options) for _ in range(3))
+    nudged.nudge(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(options["seed"])
+    for _ in range(settings["steps"]):
+        x, y = sample(text.training, settings["batch"], settings["context"], generator)
+        alone.advance(x, y)
+        nudged.advance(x, y)
+        half.advance(*(part[: settings["batch"] // 2] for part in (x, y)))
+    assert all(map(math.isfinite, sharded))
+    comparison = example["compare"](alone, SimpleNamespace(losses=sharded, step=alone.step), nudged)
+    assert comparison["coincide"], comparison
+    assert not example["compare"](alone, half, nudged)["coincide"]
+
+
+def test_a_batch_that_cannot_be_divided(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    process, report = run(tmp_path)
+    assert process.returncode == 2
+    assert "--batch 4 is no multiple of the 3 processes" in process.stderr
+    assert report is None
 
 
 @pytest.mark.parametrize("name", ["torch.Lion", "torch.Muon:fused", "Lion:quick", "Engine"])

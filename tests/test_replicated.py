@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 
 import stepladder as sl
-from stepladder.distributed import assignment, peers
+from stepladder.distributed import assignment, costs, peers
 
 SIZES = [1, 2, 3, 4]
 # Some have less rows than there are ranks; a convolution's weight, a batch, and one without elements.
@@ -298,6 +298,10 @@ def test_the_traffic_is_what_the_documents_say(pools: ProcessPools, size: int):
                 assert calls == {"control": 1, "results": buckets}
                 assert received == {"control": (size - 1) * 32, "results": (size - 1) * count * nbytes // size}
                 assert max(Counter(owners).values()) == count // size
+                with pytest.MonkeyPatch.context() as monkey:
+                    monkey.setattr(assignment, "BUCKET_BYTES", bucket_bytes)
+                    computed = costs.replicated([nbytes] * count, owners, size)
+                assert computed == costs.Traffic(sum(calls.values()), [sum(received.values())] * size, buckets)
 
 
 def uneven_traffic() -> tuple[int, list[tuple[int, int]]]:
@@ -320,6 +324,8 @@ def test_the_greatest_share_sets_the_traffic(pools: ProcessPools):
         for owner, nbytes in matrices:
             sent[owner] += nbytes
         assert received == 2 * -(-max(sent.values()) // 16) * 16
+        computed = costs.replicated([nbytes for _, nbytes in matrices], [owner for owner, _ in matrices], 3)
+        assert computed == costs.Traffic(2, [2 * 32 + received] * 3, 1)
 
 
 def step_by_many_buckets(name: str) -> bool:

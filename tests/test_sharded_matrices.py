@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import stepladder as sl
-from stepladder.distributed import assignment
+from stepladder.distributed import assignment, costs
 
 
 def mesh_of(kind: str) -> DeviceMesh:
@@ -227,6 +227,12 @@ def test_the_traffic_is_what_the_documents_say(pools: ProcessPools, size: int):
             for calls, received, nbytes in pools(size).run(traffic, count, bucket_bytes):
                 assert calls == {"all-to-all": 2 * buckets}
                 assert received["all-to-all"] == 3 * (size - 1) * count * nbytes // size**2
+                with pytest.MonkeyPatch.context() as monkey:
+                    monkey.setattr(assignment, "BUCKET_BYTES", bucket_bytes)
+                    owners = assignment.assign([1.0] * count, [0.0] * size)
+                    computed = costs.sharded([torch.Size([48, 8])] * count, 4, owners, size)
+                everywhere = [(size - 1) * 32 + received["all-to-all"]] * size
+                assert computed == costs.Traffic(1 + calls["all-to-all"], everywhere, buckets)
 
 
 def train_fully_sharded(optimizer_class: Any) -> list[bool]:

@@ -8,6 +8,7 @@ from stepladder.bench.matrices import bench_matrices
 from stepladder.bench.preconditioners import bench_preconditioners
 from stepladder.bench.roots import bench_roots
 from stepladder.cli.info import info
+from stepladder.cli.plan import plan_command
 from stepladder.cli.profile import profile
 
 
@@ -24,3 +25,4 @@ main.add_command(bench_preconditioners)
 main.add_command(bench_roots)
 main.add_command(profile)
 main.add_command(ladder)
+main.add_command(plan_command, "plan")

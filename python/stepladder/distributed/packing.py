@@ -14,6 +14,11 @@ from stepladder.distributed.peers import Peers, Pending
 ALIGNED = 16
 
 
+def aligned(nbytes: int) -> int:
+    """The least multiple of ALIGNED that is not less."""
+    return -(-nbytes // ALIGNED) * ALIGNED
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A tensor that one rank has and all want.
@@ -53,7 +58,7 @@ class Packing:
             piece = pieces[index]
             self.offsets[index] = ends[piece.owner]
             ends[piece.owner] += piece.nbytes
-        self.stride = -(-max(ends) // ALIGNED) * ALIGNED
+        self.stride = aligned(max(ends))
 
     def views(self, buffer: Tensor, rank: int) -> dict[int, Tensor]:
         """The pieces of one rank, by their index, as views of the bytes that it sends."""

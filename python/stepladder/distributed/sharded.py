@@ -12,7 +12,7 @@ from torch import Tensor
 from stepladder import ranges
 from stepladder.distributed.assignment import buckets
 from stepladder.distributed.owners import Owners
-from stepladder.distributed.packing import ALIGNED, Piece
+from stepladder.distributed.packing import Piece, aligned
 from stepladder.distributed.peers import Peers, Pending
 from stepladder.optim.sharding import local
 
@@ -112,7 +112,7 @@ def laid(pieces: Sequence[Piece], ranks: int, device: torch.device) -> tuple[Ten
             offsets[order[position]] = end
             end += pieces[order[position]].nbytes
             position += 1
-        end = -(-end // ALIGNED) * ALIGNED
+        end = aligned(end)
         sizes.append(end - begin)
     buffer = torch.empty(end, dtype=torch.uint8, device=device)
     views = [

@@ -1,0 +1,217 @@
+"""`stepladder plan`: memory, traffic and time of a step on several ranks; docs/scaling.md has the formulas."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import stepladder as sl
+from stepladder.bench import output
+from stepladder.bench.shapes import OUTSIDE, SHAPES, Shapes, shapes_of
+from stepladder.distributed import costs
+from stepladder.distributed.assignment import assign
+from stepladder.distributed.sharded import Cut
+from stepladder.optim.base import Group, Optimizer
+from stepladder.optim.state import has_step, new_step
+
+REPLICATED, SHARDED = "replicated", "sharded"
+MATRICES: dict[str, Any] = {"muon": sl.Muon, "muonh": sl.MuonH}
+ELEMENTWISE: dict[str, Any] = {
+    cls.__name__.lower(): cls for cls in (sl.SGD, sl.Adagrad, sl.RMSprop, sl.Adam, sl.AdamW, sl.SignSGD, sl.Lion)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step of one scheme.
+
+    Attributes:
+        scheme: "replicated" or "sharded".
+        state_bytes: Of each rank.
+        operations: Of each rank's matrices.
+        collectives: Of the optimizer, for each rank.
+        received_bytes: That each rank receives from others.
+        in_turn_s: Seconds where work and exchange take turns; None where no matrices are iterated.
+        overlapped_s: Seconds where they overlap; None likewise.
+    """
+
+    scheme: str
+    state_bytes: list[int]
+    operations: list[float]
+    collectives: int
+    received_bytes: list[int]
+    in_turn_s: float | None
+    overlapped_s: float | None
+
+
+def state_bytes(family: type[Optimizer], param: Tensor, group: Group) -> int:
+    """Bytes of the states of a parameter, which may be on the device "meta"."""
+    states = [
+        family.initial_state(name, param, group, family.state_dtype(name, param, group))
+        for name in family.states(group)
+    ]
+    return sum(state.nbytes for state in states) + (new_step().nbytes if has_step(family, group) else 0)
+
+
+def plan(
+    name: str, shapes: Shapes, outside: Shapes, dtype: torch.dtype, scheme: str, ranks: int, **machine: float
+) -> Plan:
+    """A step of an optimizer with its defaults, all parameters having gradients.
+
+    Args:
+        name: A key of `MATRICES` or `ELEMENTWISE`.
+        shapes: Of all parameters.
+        outside: Those among them that are no hidden matrices, whatever their dimensions.
+        dtype: Of parameters, gradients and states.
+        scheme: "replicated" or "sharded".
+        ranks: How many there are.
+        machine: What `costs.seconds` takes.
+    """
+    hidden = [name in MATRICES and len(shape) > 1 and shape not in outside for shape in shapes]
+    matrices = [
+        torch.empty(shape, dtype=dtype, device="meta") for shape, chosen in zip(shapes, hidden, strict=True) if chosen
+    ]
+    rest = Counter(shape for shape, chosen in zip(shapes, hidden, strict=True) if not chosen)
+    elementwise = ELEMENTWISE.get(name, sl.AdamW)
+    group = elementwise([torch.empty(0)]).defaults
+
+    @cache
+    def state_of(shape: torch.Size) -> int:
+        return state_bytes(elementwise, torch.empty(shape, dtype=dtype, device="meta"), group)
+
+    states = [0] * ranks
+    for shape, count in rest.items():
+        cut = Cut(torch.Size(shape), 0, ranks if scheme == SHARDED else 1)
+        for rank in range(ranks):
+            states[rank] += count * state_of(cut.shape_of(rank if scheme == SHARDED else 0))
+    operations = [0.0] * ranks
+    if not matrices:
+        return Plan(scheme, states, operations, 0, [0] * ranks, None, None)
+    family = MATRICES[name]
+    group = family([torch.empty(2, 2)]).defaults
+    owners = assign([family.cost(param, group) for param in matrices], operations)
+    for param, owner in zip(matrices, owners, strict=True):
+        states[owner] += state_bytes(family, param, group)
+    if scheme == SHARDED:
+        traffic = costs.sharded([param.shape for param in matrices], dtype.itemsize, owners, ranks)
+    else:
+        traffic = costs.replicated([param.nbytes for param in matrices], owners, ranks)
+    times = costs.seconds(operations, traffic, **machine)
+    return Plan(scheme, states, operations, traffic.collectives, traffic.received, *times)
+
+
+def table(plans: list[Plan], title: str) -> Table:
+    """A column for each scheme."""
+    shown = Table("", *(plan.scheme for plan in plans), title=title, title_justify="left")
+
+    def row(what: str, text: Any) -> None:
+        shown.add_row(what, *(text(plan) for plan in plans))
+
+    def milliseconds(seconds: float | None) -> str:
+        return "–" if seconds is None else f"{1e3 * seconds:.3f}"
+
+    row("state a rank, greatest, MB", lambda plan: f"{max(plan.state_bytes) / 1e6:.3f}")
+    row("state a rank, mean, MB", lambda plan: f"{fmean(plan.state_bytes) / 1e6:.3f}")
+    row("collectives a step", lambda plan: str(plan.collectives))
+    row("received by a rank, greatest, MB", lambda plan: f"{max(plan.received_bytes) / 1e6:.3f}")
+    row("operations of a rank, greatest, G", lambda plan: f"{max(plan.operations) / 1e9:.3f}")
+    row(
+        "greatest over mean",
+        lambda plan: f"{max(plan.operations) / fmean(plan.operations):.3f}" if any(plan.operations) else "–",
+    )
+    row("step, work and exchange in turn, ms", lambda plan: milliseconds(plan.in_turn_s))
+    row("step, exchange behind work, ms", lambda plan: milliseconds(plan.overlapped_s))
+    return shown
+
+
+def _shapes(context: click.Context, parameter: click.Parameter, text: str) -> str:
+    """A callback that refuses what names no shapes."""
+    try:
+        shapes_of(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
+
+
+def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """A callback that refuses NaN, which click's ranges let pass."""
+    if math.isnan(value):
+        bounds: Any = parameter.type
+        raise click.BadParameter(f"{value} is not in the range {bounds.min}<=x<={bounds.max}")
+    return value
+
+
+RATE = click.FloatRange(1e-6, 1e9)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--optimizer", required=True, type=click.Choice([*MATRICES, *ELEMENTWISE]), help="With its defaults.")
+@click.option("--model", required=True, callback=_shapes, metavar="NAME", help=f"{SHAPES}.")
+@click.option("--ranks", required=True, type=click.IntRange(1, 4096), help="How many processes.")
+@click.option("--bandwidth", required=True, type=RATE, callback=_number, help="That a rank receives, GB/s.")
+@click.option("--flops", required=True, type=RATE, callback=_number, help="Of a rank on matrices, TFLOP/s.")
+@click.option(
+    "--latency",
+    type=click.FloatRange(0, 1e9),
+    callback=_number,
+    default=20.0,
+    help="Of each collective beside its bytes, µs; an assumption.",
+)
+@click.option("--scheme", type=click.Choice([REPLICATED, SHARDED]), help="DDP's or FSDP2's.  [default: both]")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of parameters and states."
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=output.FILE,
+    callback=output.checked,
+    help="Write the same as JSON to this file, with the numbers of each rank.",
+)
+def plan_command(
+    optimizer: str,
+    model: str,
+    ranks: int,
+    bandwidth: float,
+    flops: float,
+    latency: float,
+    scheme: str | None,
+    dtype: str,
+    json_file: Path | None,
+) -> None:
+    """What a step on several ranks needs: state, traffic, and a prediction of its time.
+
+    State, collectives, bytes and operations are those of the real assignment. The time is a model: of the iteration and
+    the optimizer's own collectives, at the rates given here; elementwise work and packing count for nothing.
+    """
+    machine = {"flops": flops * 1e12, "bandwidth": bandwidth * 1e9, "latency": latency * 1e-6}
+    plans = [
+        plan(optimizer, shapes_of(model), OUTSIDE.get(model, []), getattr(torch, dtype), each, ranks, **machine)
+        for each in ([scheme] if scheme else [REPLICATED, SHARDED])
+    ]
+    console = Console()
+    console.print(table(plans, f"{optimizer}, {model}, {dtype}, ranks: {ranks}"))
+    if plans[0].in_turn_s is None:
+        console.print("No matrix is iterated: the optimizer exchanges nothing, and memory bounds its step.")
+    else:
+        console.print(
+            f"Assumed: {flops:g} TFLOP/s of each rank in the iteration, {bandwidth:g} GB/s that each receives, "
+            f"{latency:g} µs for each collective; elementwise work and packing take no time.",
+            highlight=False,
+        )
+    if json_file:
+        settings = {"optimizer": optimizer, "model": model, "dtype": dtype, "ranks": ranks, **machine}
+        text = json.dumps({"settings": settings, "plans": [asdict(each) for each in plans]}, indent=2)
+        output.replace(json_file, "w", lambda file: file.write(text + "\n"))
