@@ -236,8 +236,9 @@ def test_every_phase_is_due_once_in_f_steps_and_in_time():
                 assert all(b - a <= f for a, b in itertools.pairwise(due))
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("f", [2, 4, 7])
-def test_staggered_roots_are_spread(f: int, monkeypatch: pytest.MonkeyPatch):
+def test_staggered_roots_are_spread(f: int, apart: bool, monkeypatch: pytest.MonkeyPatch):
     computed: list[list[int]] = []
     roots = module.roots
 
@@ -247,7 +248,8 @@ def test_staggered_roots_are_spread(f: int, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(module, "roots", recorded)
     params = [copy_of(x) for x in normal([(8, 8), (5, 9), (3,), (8, 2), (16, 16)], torch.float32, 0)]
-    optimizer = sl.Shampoo(params, max_preconditioner_dim=8, merge_dims=False, precondition_frequency=f, stagger=True)
+    groups = [{"params": [p]} for p in params] if apart else params
+    optimizer = sl.Shampoo(groups, max_preconditioner_dim=8, merge_dims=False, precondition_frequency=f, stagger=True)
     for t in range(3 * f):
         computed.append([])
         for p in params:

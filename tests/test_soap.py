@@ -341,8 +341,9 @@ def test_a_basis_that_cannot_be_refreshed_stays_and_is_counted(backend: str):
 # When bases are refreshed
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("f", [2, 4, 7])
-def test_staggered_refreshes_are_spread(f: int, monkeypatch: pytest.MonkeyPatch):
+def test_staggered_refreshes_are_spread(f: int, apart: bool, monkeypatch: pytest.MonkeyPatch):
     done: list[list[int]] = []
     fresh_bases = module.fresh_bases
 
@@ -352,7 +353,8 @@ def test_staggered_refreshes_are_spread(f: int, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(module, "fresh_bases", recorded)
     params = [copy_of(x) for x in normal([(8, 8), (5, 9), (3,), (8, 2), *((6, 6),) * 8], torch.float32, 0)]
-    optimizer = sl.SOAP(params, precondition_frequency=f, stagger=True)
+    groups = [{"params": [p]} for p in params] if apart else params
+    optimizer = sl.SOAP(groups, precondition_frequency=f, stagger=True)
     for t in range(3 * f + 1):
         done.append([])
         for p in params:

@@ -171,6 +171,7 @@ class Mixed(Optimizer):
     def step_matrices(
         cls,
         tasks: list[Task],
+        groups: list[Group],
         states: dict[Tensor, Any],
         backend: str | None,
         inverse_scale: float | None,
@@ -180,6 +181,7 @@ class Mixed(Optimizer):
 
         Args:
             tasks: Checked parameters with gradients.
+            groups: All that hold matrices, with gradients or without.
             states: Of the optimizer.
             backend: As the user asked.
             inverse_scale: Multiplies the gradients first, and the products are written back to them.
@@ -514,13 +516,14 @@ class MixedEngine(Engine):
         self, optimizer: torch.optim.Optimizer, tasks: list[Task], inverse_scale: float | None, factor: float
     ) -> None:
         states, owners = optimizer.__dict__["state"], owners_of(optimizer)
+        groups = [group for group in optimizer.param_groups if self.family.of(group) is self.family]
 
         def step(own: list[Task], states: dict[Tensor, Any]) -> None:
             for param, group, *_ in own:
                 if param.grad is not None and param.grad.is_neg():
                     param.grad = param.grad.resolve_neg()
                 create_state(self.family, states[param], param, group, torch.device("cpu"))
-            self.family.step_matrices(own, states, self.backend, inverse_scale, factor)
+            self.family.step_matrices(own, groups, states, self.backend, inverse_scale, factor)
 
         if owners is None:
             step(tasks, states)

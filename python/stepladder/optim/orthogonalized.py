@@ -294,6 +294,7 @@ class Orthogonalized(Mixed):
     def step_matrices(
         cls,
         tasks: list[Task],
+        groups: list[Group],
         states: dict[Tensor, Any],
         backend: str | None,
         inverse_scale: float | None,

@@ -250,35 +250,40 @@ class Preconditioned(Mixed):
         """What is refreshed at a time, by its cost."""
 
     @classmethod
-    def spread(cls, group: Group) -> dict[Tensor, list[int]]:
-        """The phases of what is refreshed of each parameter of a group, whether it has a gradient or not."""
-        pieces = [cls.pieces(cls.layout(param, group)) for param in group["params"]]
-        flat = [cost for own in pieces for cost in own]
-        found = phases(flat, int(group["precondition_frequency"])) if group["stagger"] else [0] * len(flat)
-        ends = list(accumulate(map(len, pieces)))
-        return {p: found[e - len(own) : e] for p, own, e in zip(group["params"], pieces, ends, strict=True)}
+    def spread(cls, groups: Sequence[Group]) -> dict[Tensor, list[int]]:
+        """The phases of what is refreshed of each parameter of all groups, whether it has a gradient or not."""
+        pieces = {p: cls.pieces(cls.layout(p, group)) for group in groups for p in group["params"]}
+        found = {p: [0] * len(costs) for p, costs in pieces.items()}
+        # What is refreshed as often is spread together.
+        staggered: dict[int, list[Tensor]] = {}
+        for group in groups:
+            if group["stagger"]:
+                staggered.setdefault(int(group["precondition_frequency"]), []).extend(group["params"])
+        for frequency, params in staggered.items():
+            due = iter(phases([cost for p in params for cost in pieces[p]], frequency))
+            found |= {p: [next(due) for _ in pieces[p]] for p in params}
+        return found
 
     @classmethod
     def step_matrices(
         cls,
         tasks: list[Task],
+        groups: list[Group],
         states: dict[Tensor, Any],
         backend: str | None,
         inverse_scale: float | None,
         factor: float,
     ) -> None:
-        spread: dict[int, dict[Tensor, list[int]]] = {}
+        spread = cls.spread(groups)
         found: list[Job] = []
         for param, group, chosen, listed in tasks:
-            if id(group) not in spread:
-                spread[id(group)] = cls.spread(group)
             grad = param.grad if inverse_scale is None else unscaled(param, inverse_scale)
             assert grad is not None
             if param.numel() == 0:
                 continue
             layout = cls.layout(param, group)
             scale = -factor if group.get("maximize") else factor
-            phase = spread[id(group)][listed]
+            phase = spread[listed]
             job = Job(param, grad.reshape(layout.shape), scale, states[param], group, layout, phase, chosen)
             if not job.on_gpu:
                 job.settle()
