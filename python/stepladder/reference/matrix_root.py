@@ -34,7 +34,7 @@ WIDE_STEPS = 30
 SQUARINGS = 3
 MULTIPLICATIONS = 32
 # Where a norm from below will do. Of what rounding makes of a singular matrix one product shows the size.
-FEW_MULTIPLICATIONS = 8
+FEW_MULTIPLICATIONS = 3
 
 
 class RootStatus(IntEnum):
