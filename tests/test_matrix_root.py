@@ -215,15 +215,15 @@ def test_a_mixed_batch(eps: float, method: str, backend: str):
 @pytest.mark.parametrize("method", METHODS)
 def test_singular_matrices_have_no_root_without_damping(method: str, backend: str):
     g = torch.Generator().manual_seed(5)
-    for n in (2, 3, 5, 12, 29):
-        for missing in {1, 2, 3} & set(range(1, n)):
+    for n in (2, 5, 29):
+        for missing in {1, 3} & set(range(1, n)):
             # Gram matrices of small integers are exact, and so is their rank.
-            factor = torch.randint(-6, 7, (20, n, n - missing), generator=g).float()
+            factor = torch.randint(-6, 7, (6, n, n - missing), generator=g).float()
             singular = factor @ factor.mT
             regular = with_eigenvalues(eigenvalues("geometric", n, 1e6)).float()
             for p in EXPONENTS:
                 x, info = sl.ops.inverse_root(torch.cat([singular, regular[None]]), p, 0.0, method, backend=backend)
-                assert info.status.tolist() == 20 * [RootStatus.FAILED] + [RootStatus.CONVERGED]
+                assert info.status.tolist() == 6 * [RootStatus.FAILED] + [RootStatus.CONVERGED]
                 assert x[:-1].isnan().all()
                 assert x[-1].isfinite().all()
 
