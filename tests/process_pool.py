@@ -17,6 +17,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -69,6 +70,7 @@ class RankError(AssertionError):
 
 def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
     """Be a rank until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the session, which ends its ranks
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
