@@ -303,20 +303,17 @@ def test_kl_soap_outlives_gradients_of_zeros(backend: str):
 
 
 @pytest.mark.parametrize("cls", [sl.SOAP, sl.Shampoo])
-def test_a_gradient_whose_square_is_infinite_does_the_same_on_both_backends(cls: type):
-    # In fp32; later moments are infinite, and the element rests.
-    ends = []
-    for backend in ("cpu", "reference"):
-        p = copy_of(normal([(6, 5)], torch.float32, 0)[0])
-        optimizer = cls([p], backend=backend)
-        for t in range(6):
-            p.grad = gradient(p.shape, t).float()
-            if t == 3:
-                p.grad[1, 2] = 1e25
-            optimizer.step()
-        ends.append(p.detach())
-    assert torch.equal(ends[0].isfinite(), ends[1].isfinite())
-    torch.testing.assert_close(*ends, equal_nan=True)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_weights_outlive_a_gradient_whose_square_is_infinite(cls: type, backend: str):
+    # In fp32; later second moments are infinite, and the element rests.
+    p = copy_of(normal([(6, 5)], torch.float32, 0)[0])
+    optimizer = cls([p], backend=backend)
+    for t in range(6):
+        p.grad = gradient(p.shape, t).float()
+        if t == 3:
+            p.grad[1, 2] = 1e25
+        optimizer.step()
+    assert p.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

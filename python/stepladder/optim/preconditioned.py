@@ -251,17 +251,17 @@ class Preconditioned(Mixed):
 
     @classmethod
     def spread(cls, groups: Sequence[Group]) -> dict[Tensor, list[int]]:
-        """The phases of what is refreshed of each parameter of all groups, whether it has a gradient or not."""
-        pieces = {p: cls.pieces(cls.layout(p, group)) for group in groups for p in group["params"]}
-        found = {p: [0] * len(costs) for p, costs in pieces.items()}
+        """The phases of what is refreshed of each parameter of all staggered groups, with a gradient or without."""
+        found: dict[Tensor, list[int]] = {}
         # What is refreshed as often is spread together.
-        staggered: dict[int, list[Tensor]] = {}
+        alike: dict[int, dict[Tensor, list[float]]] = {}
         for group in groups:
             if group["stagger"]:
-                staggered.setdefault(int(group["precondition_frequency"]), []).extend(group["params"])
-        for frequency, params in staggered.items():
-            due = iter(phases([cost for p in params for cost in pieces[p]], frequency))
-            found |= {p: [next(due) for _ in pieces[p]] for p in params}
+                pieces = alike.setdefault(int(group["precondition_frequency"]), {})
+                pieces |= {p: cls.pieces(cls.layout(p, group)) for p in group["params"]}
+        for frequency, pieces in alike.items():
+            due = iter(phases([cost for costs in pieces.values() for cost in costs], frequency))
+            found |= {p: [next(due) for _ in costs] for p, costs in pieces.items()}
         return found
 
     @classmethod
@@ -283,7 +283,7 @@ class Preconditioned(Mixed):
                 continue
             layout = cls.layout(param, group)
             scale = -factor if group.get("maximize") else factor
-            phase = spread[listed]
+            phase = spread[listed] if group["stagger"] else [0] * len(cls.pieces(layout))
             job = Job(param, grad.reshape(layout.shape), scale, states[param], group, layout, phase, chosen)
             if not job.on_gpu:
                 job.settle()
