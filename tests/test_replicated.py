@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from copy import deepcopy
@@ -577,3 +579,23 @@ def test_refusals(pools: ProcessPools):
             expected["outside"] = "a group without this process"
         assert found.keys() == expected.keys()
         assert all(text in found[name] for name, text in expected.items())
+
+
+def test_a_torch_without_collectives_is_one_for_single_processes():
+    script = """
+import torch, torch.distributed as dist
+for name in ("all_gather_single", "all_gather_into_tensor"):
+    vars(dist).pop(name, None)
+dist.is_available = lambda: False
+import stepladder as sl
+p = torch.nn.Parameter(torch.ones(4, 3))
+p.grad = torch.ones(4, 3)
+sl.Muon([p]).step()
+try:
+    sl.Muon([p], process_group=object())
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "process_group and mesh need torch.distributed, which this torch was built without\n"
