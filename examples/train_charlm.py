@@ -267,17 +267,19 @@ def main(
 
     x, y = sample(text.validation, 8 * options["batch"], options["context"], generator)
     results = [run.result(x.chunk(RANKS)[RANK], y.chunk(RANKS)[RANK]) for run in runs]
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if RANK > 0:
-        return
     comparison = compare(*runs, nudged) if nudged else None
-    show(results, comparison)
-    if json_file:
-        report = {"settings": options, "runs": results, "comparison": comparison}
-        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
-    if plot_file:
-        plot(results, plot_file)
+    if RANK == 0:
+        show(results, comparison)
+        if json_file:
+            report = {"settings": options, "runs": results, "comparison": comparison}
+            Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
+        if plot_file:
+            plot(results, plot_file)
+    if dist.is_initialized():
+        # gloo's threads give the tensors of the last collectives back, which takes the interpreter: one that is
+        # ending by then aborts the process. While the ranks wait for the first, they do so.
+        dist.barrier()
+        dist.destroy_process_group()
     if comparison and not comparison["coincide"]:
         sys.exit("The loss curves do not coincide.")
 

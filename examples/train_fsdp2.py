@@ -26,4 +26,5 @@ for step in range(201):
     optimizer.zero_grad()
     if step % 50 == 0 and dist.get_rank() == 0:
         print(f"step {step}: loss {loss.item():.3f}, norm of the gradient {optimizer.grad_norm:.3f}")
+dist.barrier()  # gloo's threads give back the last tensors meanwhile, for which the interpreter must not be ending
 dist.destroy_process_group()
