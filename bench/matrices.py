@@ -33,6 +33,7 @@ ASPECTS = (1, 2, 4)
 BATCHES = (1, 16)
 STEPS = 5
 OURS, THEIRS = "stepladder", "torch"
+PLAIN = f"{THEIRS} plain"
 STANDARD, GRAM = "standard", "gram"
 CLUSTERS = f"{OURS}-cuda clusters"
 # A gate, not a bound: both round operands to bf16, and the two results part by up to 0.016 in the rows that are kept;
@@ -40,17 +41,27 @@ CLUSTERS = f"{OURS}-cuda clusters"
 TOLERANCE = 0.05
 
 
-def plain(x: Tensor) -> Tensor:
-    """The iteration as torch.optim.Muon writes it: bf16, two-dimensional products or batched ones."""
-    a, b, c = SETS["jordan"].steps[0]
+def fused(y: Tensor, a: float, b: float, c: float) -> Tensor:
+    """A step as torch.optim.Muon writes it, each sum within a product."""
+    add = torch.addmm if y.ndim == 2 else torch.baddbmm
+    gram = y @ y.mT
+    return add(y, add(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+
+
+def plain(y: Tensor, a: float, b: float, c: float) -> Tensor:
+    """A step as the method was published, and as most code has it: products, and sums after them."""
+    gram = y @ y.mT
+    return a * y + (b * gram + c * gram @ gram) @ y
+
+
+def iteration(x: Tensor, step: Callable[[Tensor, float, float, float], Tensor] = fused) -> Tensor:
+    """In torch's bf16 products, two-dimensional ones or batched."""
     y = x.bfloat16()
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    add = torch.addmm if y.ndim == 2 else torch.baddbmm
     for _ in range(STEPS):
-        gram = y @ y.mT
-        y = add(y, add(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+        y = step(y, *SETS["jordan"].steps[0])
     return y.mT if tall else y
 
 
@@ -59,7 +70,10 @@ class Cpu:
 
     device = torch.device("cpu")
     ours: Mapping[str, str | None] = {OURS: None}
-    rivals: dict[str, Callable[[Tensor], Tensor]] = {THEIRS: plain}  # noqa: RUF012
+    rivals: dict[str, Callable[[Tensor], Tensor]] = {  # noqa: RUF012
+        THEIRS: iteration,
+        PLAIN: partial(iteration, step=plain),
+    }
 
     def __init__(self) -> None:
         self.unit = matrix_unit()
@@ -88,7 +102,7 @@ class OnGpu:
         self.device = clock.device
         self.unit = str(self.device)
         self.ours: Mapping[str, str | None] = {f"{OURS}-{name}": name for name in names}
-        self.rivals = {THEIRS: plain, f"{THEIRS} compiled": torch.compile(plain)}
+        self.rivals = {THEIRS: iteration, f"{THEIRS} compiled": torch.compile(iteration)}
 
     def unit_of(self, backend: str | None) -> str:
         """Who multiplies, by the name under which forms are chosen."""
@@ -317,10 +331,14 @@ def table(rows: Sequence[Row], unit: str) -> Table:
     return shown
 
 
-def geometric_mean(rows: Sequence[Row]) -> float:
-    """Of torch's ratios to ours."""
-    ratios = [row.ratios[THEIRS].median for row in rows if THEIRS in row.ratios]
-    return float(np.exp(np.mean(np.log(ratios)))) if ratios else float("nan")
+def geometric_means(rows: Sequence[Row]) -> dict[str, float]:
+    """Of each rival's ratios to ours."""
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        for name, ratio in row.ratios.items():
+            if name.startswith(THEIRS):
+                ratios.setdefault(name, []).append(ratio.median)
+    return {name: float(np.exp(np.mean(np.log(values)))) for name, values in ratios.items()}
 
 
 @click.command("bench-matrices")
@@ -366,7 +384,8 @@ def bench_matrices(
     except KeyboardInterrupt:
         interrupted = True
     console.print(table(rows, machine.unit))
-    console.print(f"geometric mean of torch's ratios: {geometric_mean(rows):.2f}")
+    for name, mean in geometric_means(rows).items():
+        console.print(f"geometric mean of the ratios of {name}: {mean:.2f}", highlight=False)
     if csv_file:
         written = [r for row in rows for r in csv_rows(row, machine.unit)]
         output.replace(csv_file, "w", lambda file: report.write_rows(file, facts, COLUMNS, written))

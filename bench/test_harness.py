@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,11 +200,12 @@ def test_matrices_are_checked_timed_and_written(tmp_path: Path) -> None:
     size = ["--side", "24", "--aspect", "2", "--batch", "1", "--batch", "3"]
     result = CliRunner().invoke(bench_matrices, [*size, "--no-muon", "--seconds", "0", "--csv", str(path)])
     assert result.exit_code == 0, result.output
-    assert "geometric mean of torch's ratios" in result.output
+    assert "geometric mean of the ratios of torch:" in result.output
+    assert "geometric mean of the ratios of torch plain:" in result.output
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    what = [("1x24x48", "stepladder"), ("1x24x48", "torch"), ("3x24x48", "stepladder"), ("3x24x48", "torch")]
-    assert [(row["what"], row["contender"]) for row in rows] == what
+    what = product(("1x24x48", "3x24x48"), ("stepladder", "torch", "torch plain"))
+    assert [(row["what"], row["contender"]) for row in rows] == list(what)
     for row in rows:
         ours = row["contender"] == OURS
         assert row["check"] == ("ok" if ours else "")
@@ -219,14 +221,15 @@ def test_forms_are_contenders(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     with path.open() as file:
         rows = {row["contender"]: row for row in csv.DictReader(file)}
-    assert [row["what"] for row in rows.values()] == ["2x24x36"] * 3
+    assert [row["what"] for row in rows.values()] == ["2x24x36"] * 4
     assert [(name, row["form"]) for name, row in rows.items()] == [
         ("stepladder standard", "standard"),
         ("stepladder gram", "gram"),
         ("torch", ""),
+        ("torch plain", ""),
     ]
     unit = matrices.matrix_unit()
-    assert [row["unit"] for row in rows.values()] == [unit] * 3
+    assert [row["unit"] for row in rows.values()] == [unit] * 4
     assert [name for name, row in rows.items() if row["standard_median"]] == ["stepladder gram"]
     (found,) = choices([path])
     assert (found.unit, found.m, found.results) == (unit, 24, "rows.csv")
@@ -243,7 +246,16 @@ def test_an_interrupted_measurement_writes_what_it_has(tmp_path: Path, monkeypat
     result = CliRunner().invoke(bench_matrices, options)
     assert result.exit_code == 1
     with path.open() as file:
-        assert [row["contender"] for row in csv.DictReader(file)] == ["stepladder", "torch"]
+        assert [row["contender"] for row in csv.DictReader(file)] == ["stepladder", "torch", "torch plain"]
+
+
+@pytest.mark.parametrize("shape", [(24, 48), (48, 24), (3, 24, 48)], ids=str)
+def test_rivals_iterate_alike(shape: tuple[int, ...]) -> None:
+    """Within the gate that ours have to pass."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    fused, plain = (run(x).float() for run in matrices.Cpu.rivals.values())
+    assert (fused - plain).norm() <= matrices.TOLERANCE * fused.norm()
+    assert not torch.equal(fused, plain)
 
 
 def test_wrong_matrices_get_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
