@@ -10,8 +10,13 @@ Program::Program(int64_t rows, int64_t cols, const Options& options, int threads
   const int64_t m = std::min(rows, cols), n = std::max(rows, cols);
   m_blocks = block_count(m);
   n_blocks = block_count(n);
-  // Small matrices that several threads share go in smaller parts, so that all of them find work.
-  macro = threads == 1 || m_blocks >= 24 ? kMacro : m_blocks >= 8 ? kMacro / 2 : kMacro / 4;
+  // Threads that share a matrix need more parts of its symmetric products than there are threads, and parts alike.
+  macro = kMacro;
+  if (threads > 1) {
+    int macros = (m_blocks + kMacro - 1) / kMacro;
+    while (macros * (macros + 1) / 2 <= threads && macros < (m_blocks + 1) / 2) ++macros;
+    macro = (m_blocks + macros - 1) / macros;
+  }
   add({Phase::norm});
   add({Phase::pack});
   small = m_blocks == 1;
