@@ -5,6 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+# Operations that come every so many steps, at the one of them that has this number: by (frequency, phase).
+Refreshes = dict[tuple[int, int], float]
+
 # Of a rank's results, below which a bucket is not divided further.
 BUCKET_BYTES = 16 << 20
 # Buckets of a step, however much there is to exchange.

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from stepladder import backends, ranges, reference
+from stepladder.distributed.assignment import Refreshes
 from stepladder.distributed.owners import Owners
 from stepladder.distributed.peers import Peers, check_places, group_of
 from stepladder.distributed.replicated import Replicated
@@ -156,6 +157,11 @@ class Mixed(Optimizer):
     @abstractmethod
     def cost(cls, param: Tensor, group: Group) -> float:
         """Of stepping a parameter, in the same units for all parameters; from shapes and hyper-parameters alone."""
+
+    @classmethod
+    def refreshes(cls, groups: Sequence[Group]) -> dict[Tensor, Refreshes]:
+        """Of the parameters of all groups of matrices, what of their work falls on some steps alone."""
+        return {}
 
     @classmethod
     def check_backends(cls, chosen: set[tuple[str, torch.device]]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stepladder import backends, ranges
+from stepladder.distributed.assignment import Refreshes
 from stepladder.newton_schulz import matrix_unit
 from stepladder.optim import checks
 from stepladder.optim.base import Group
@@ -225,19 +226,37 @@ class Preconditioned(Mixed):
 
     @classmethod
     def cost(cls, param: Tensor, group: Group) -> float:
-        """Operations of a step, in the mean over those from one refresh to the next, and one for each element.
+        """Operations of a step, in the mean over those from one refresh to the next."""
+        every, refresh = cls.work(param, group)
+        return every + refresh / int(group["precondition_frequency"])
+
+    @classmethod
+    def work(cls, param: Tensor, group: Group) -> tuple[float, float]:
+        """Operations of every step, one for each element among them, and those that a refresh takes beside.
 
         A factor of side n takes n for each element of its block, as half of a Gram matrix is computed, and 2n for
         each of the products with it.
         """
-        layout = cls.layout(param, group)
         products, refresh_products, refresh_cubes = cls.operations(group)
-        frequency = int(group["precondition_frequency"])
-        total = float(param.numel())
-        for n, numel in layout.worked_on():
-            products_of_n = 1.0 + 2.0 * (products + refresh_products / frequency)
-            total += products_of_n * n * numel + refresh_cubes * float(n) ** 3 / frequency
-        return total
+        every, refresh = float(param.numel()), 0.0
+        for n, numel in cls.layout(param, group).worked_on():
+            every += (1.0 + 2.0 * products) * n * numel
+            refresh += 2.0 * refresh_products * n * numel + refresh_cubes * float(n) ** 3
+        return every, refresh
+
+    @classmethod
+    def refreshes(cls, groups: Sequence[Group]) -> dict[Tensor, Refreshes]:
+        spread = cls.spread(groups)
+        found: dict[Tensor, Refreshes] = {}
+        for group in groups:
+            frequency = int(group["precondition_frequency"])
+            for param in group["params"]:
+                refresh, pieces = cls.work(param, group)[1], cls.pieces(cls.layout(param, group))
+                due = found[param] = {}
+                for piece, phase in zip(pieces, spread.get(param, [0] * len(pieces)), strict=True):
+                    if piece:
+                        due[frequency, phase] = due.get((frequency, phase), 0.0) + refresh * piece / sum(pieces)
+        return found
 
     @classmethod
     @abstractmethod
