@@ -121,8 +121,9 @@ def plan(
         group = family([torch.empty(2, 2)]).defaults | (options or {}) | {"params": matrices}
         work = [family.cost(param, group) for param in matrices]
         due = family.refreshes([group])
-        owners = assign(work, operations)
-        steps = costs.each_step(work, [due.get(param, {}) for param in matrices], owners, ranks)
+        refreshes = [due.get(param, {}) for param in matrices]
+        owners = assign(work, operations, refreshes, [{} for _ in range(ranks)])
+        steps = costs.each_step(work, refreshes, owners, ranks)
         for param, owner in zip(matrices, owners, strict=True):
             states[owner] += state_bytes(family, param, group)
         if scheme == SHARDED:

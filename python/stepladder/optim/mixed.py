@@ -233,7 +233,7 @@ class Mixed(Optimizer):
             states = self.__dict__["state"]
             groups = [group for group in self.param_groups if self.of(group) is type(self)]
             kept = [(p, group) for group in groups for p in group["params"] if states.get(p)]
-            give_owners(self._owners, type(self), kept)
+            give_owners(self._owners, type(self), kept, groups)
             self._owners.drop(states)
 
     def _with_whole_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -348,14 +348,31 @@ class Mixed(Optimizer):
         return family.required_keys(group) if family is not cls else cls.hyper_keys() - cls.late_keys
 
 
-def give_owners(owners: Owners, family: type[Mixed], params: Sequence[tuple[Tensor, Group]]) -> None:
-    """Have parameters owned that are not yet; those that share memory by one rank."""
+def give_owners(
+    owners: Owners, family: type[Mixed], params: Sequence[tuple[Tensor, Group]], groups: Sequence[Group]
+) -> None:
+    """Have parameters owned that are not yet; those that share memory by one rank.
+
+    Args:
+        owners: Of the optimizer.
+        family: Its class.
+        params: With their groups.
+        groups: All groups of matrices, by which refreshes are due.
+    """
     new = [(param, group) for param, group in params if param not in owners.owners]
+    if not new:
+        return
     # Shards that share memory are not stepped in place, and may do so on one rank alone.
     alone = isinstance(owners, Sharded)
     units = [[index] for index in range(len(new))] if alone else meeting([param for param, _ in new])
     costs = [sum(family.cost(*new[index]) for index in unit) for unit in units]
-    owners.own([[new[index][0] for index in unit] for unit in units], costs)
+    due = family.refreshes(groups)
+    refreshes: list[Refreshes] = [{} for _ in units]
+    for unit, together in zip(units, refreshes, strict=True):
+        for index in unit:
+            for when, work in due.get(new[index][0], {}).items():
+                together[when] = together.get(when, 0.0) + work
+    owners.own([[new[index][0] for index in unit] for unit in units], costs, refreshes)
 
 
 def place(index: int, name: str | None) -> str:
@@ -447,7 +464,8 @@ class MixedEngine(Engine):
                 break
         if skip:
             return None
-        give_owners(owners, self.family, [(param, group) for param, group, *_ in tasks])
+        matrices = [group for group in optimizer.param_groups if self.family.of(group) is self.family]
+        give_owners(owners, self.family, [(param, group) for param, group, *_ in tasks], matrices)
         return tasks
 
     def _check(self, optimizer: torch.optim.Optimizer, capturing: bool) -> list[Task]:

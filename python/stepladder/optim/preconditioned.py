@@ -56,9 +56,11 @@ class FactorLayout:
             for n, piece in zip(self.sides, pieces, strict=True)
         ]
 
-    def load(self, flat: Tensor) -> list[Tensor | None]:
-        """Symmetric factors: views where they are kept whole, else copies."""
+    def load(self, flat: Tensor, chosen: Sequence[bool] | None = None) -> list[Tensor | None]:
+        """Symmetric factors, all or those chosen alone: views where they are kept whole, else copies."""
         views = self.views(flat, self.packed)
+        if chosen is not None:
+            views = [x if wanted else None for x, wanted in zip(views, chosen, strict=True)]
         return [None if x is None else unpacked(x) for x in views] if self.packed else views
 
     def store(self, flat: Tensor, factors: Sequence[Tensor | None]) -> None:
@@ -279,8 +281,12 @@ class Preconditioned(Mixed):
                 pieces = alike.setdefault(int(group["precondition_frequency"]), {})
                 pieces |= {p: cls.pieces(cls.layout(p, group)) for p in group["params"]}
         for frequency, pieces in alike.items():
-            due = iter(phases([cost for costs in pieces.values() for cost in costs], frequency))
-            found |= {p: [next(due) for _ in costs] for p, costs in pieces.items()}
+            # The first pieces of all, then the second ones, and so on: those of one parameter fall on many steps, and
+            # each step has those of many, so that a rank has about as much as others whichever it owns.
+            order = sorted((place, p) for p, costs in enumerate(pieces.values()) for place in range(len(costs)))
+            costs = list(pieces.values())
+            due = dict(zip(order, phases([costs[p][place] for place, p in order], frequency), strict=True))
+            found |= {param: [due[place, p] for place in range(len(costs[p]))] for p, param in enumerate(pieces)}
         return found
 
     @classmethod
