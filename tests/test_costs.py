@@ -233,6 +233,13 @@ def test_refreshes_and_norms_are_said(tmp_path):
     assert second["in_turn_s"] == second["overlapped_s"] == pytest.approx(20e-6 + nbytes / 25e9)
 
 
+@pytest.mark.parametrize(("optimizer", "model"), [("soap", "12*768"), ("muon", "llama-1b")])
+def test_steps_that_are_alike_have_no_rows_of_their_own(optimizer: str, model: str):
+    result = command("--optimizer", optimizer, "--model", model, *FOUR)
+    assert result.exit_code == 0, result.output
+    assert "busiest" not in result.output
+
+
 def test_steps_repeat_when_all_refreshes_do():
     due = [{(2, 1): 10.0}, {(3, 0): 30.0, (3, 2): 3.0}, {}]
     # Without what is refreshed, 5 a step, 1 a step, and 7.

@@ -150,8 +150,8 @@ def plan(
     )
 
 
-def table(plans: list[Plan], title: str) -> Table:
-    """A column for each scheme."""
+def table(plans: list[Plan], title: str, refreshed: bool) -> Table:
+    """A column for each scheme; where something is refreshed, rows for what steps have apart."""
     shown = Table("", *(plan.scheme for plan in plans), title=title, title_justify="left")
 
     def row(what: str, text: Any) -> None:
@@ -169,7 +169,6 @@ def table(plans: list[Plan], title: str) -> Table:
         "greatest over mean",
         lambda plan: f"{max(plan.operations) / fmean(plan.operations):.3f}" if any(plan.operations) else "–",
     )
-    refreshed = any(plan.busiest_operations != plan.operations for plan in plans)
     if refreshed:
         row(
             "greatest at each step over mean",
@@ -220,7 +219,10 @@ RATE = click.FloatRange(1e-6, 1e9)
 @click.option("--stagger", is_flag=True, help="Spread the refreshes of shampoo or soap over steps.  [default: no]")
 @click.option("--scheme", type=click.Choice([REPLICATED, SHARDED]), help="DDP's or FSDP2's.  [default: both]")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of parameters and states."
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="Of parameters and states; factors are float32.",
 )
 @click.option(
     "--json",
@@ -258,15 +260,17 @@ def plan_command(
         for each in ([scheme] if scheme else [REPLICATED, SHARDED])
     ]
     console = Console()
-    console.print(table(plans, f"{optimizer}{', staggered' * stagger}, {model}, {dtype}, ranks: {ranks}"))
-    if any(plan.collectives for plan in plans) and not any(plans[0].operations):
+    works, refreshes = any(plans[0].operations), optimizer in STAGGERED
+    title = f"{optimizer}{', staggered' * stagger}, {model}, {dtype}, ranks: {ranks}"
+    console.print(table(plans, title, works and refreshes))
+    if not works and any(plan.collectives for plan in plans):
         console.print(
             "No matrix is worked on: of the step, the exchange of norms is predicted alone; memory bounds the rest."
         )
-    elif not any(plans[0].operations):
+    elif not works:
         console.print("No matrix is worked on: the optimizer exchanges nothing, and memory bounds its step.")
     else:
-        work = "products and refreshes" if optimizer in STAGGERED else "the iteration"
+        work = "products and refreshes" if refreshes else "the iteration"
         console.print(
             f"Assumed: {flops:g} TFLOP/s of each rank in {work}, {bandwidth:g} GB/s that each receives, "
             f"{latency:g} µs for each collective; elementwise work and packing take no time.",
