@@ -54,14 +54,13 @@ def test_preconditioned_matrices_of_gpt2_are_balanced(optimizer: Any, ranks: int
     assert max(loads) / (sum(loads) / ranks) <= 1.15
 
 
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("optimizer", "refreshes", "steps"),
-    # As docs/scaling.md has them, and what matrices stored the other way come to; rounded up.
-    [(sl.Shampoo, 1.11, 1.03), (sl.SOAP, 1.46, 1.12), (partial(sl.SOAP, variant="kl"), 1.46, 1.10)],
+    # As docs/scaling.md has them, rounded up.
+    [(sl.Shampoo, 1.20, 1.06), (sl.SOAP, 1.33, 1.09), (partial(sl.SOAP, variant="kl"), 1.33, 1.07)],
 )
-def test_owners_even_out_staggered_refreshes(optimizer: Any, refreshes: float, steps: float, transposed: bool):
-    params = [torch.empty(shape[::-1] if transposed else shape, device="meta") for shape in GPT2]
+def test_owners_even_out_staggered_refreshes(optimizer: Any, refreshes: float, steps: float):
+    params = [torch.empty(shape, device="meta") for shape in GPT2]
     made = optimizer([torch.empty(2, 2)], stagger=True)
     group = made.defaults | {"params": params}
     costs, found = [made.cost(p, group) for p in params], made.refreshes([group])

@@ -215,14 +215,13 @@ def test_states_are_what_the_formulas_say(dtype: torch.dtype):
 
 def test_refreshes_and_norms_are_said(tmp_path):
     file = tmp_path / "plan.json"
-    result = command("--optimizer", "soap", "--stagger", "--model", "gpt2", *FOUR, "--json", str(file))
+    result = command("--optimizer", "shampoo", "--stagger", "--model", "gpt2", *FOUR, "--json", str(file))
     assert result.exit_code == 0, result.output
-    assert all(word in result.output for word in ("soap, staggered", "at each step", "busiest step"))
+    assert all(word in result.output for word in ("shampoo, staggered", "at each step", "busiest step"))
     for each in json.loads(file.read_text())["plans"]:
-        greatest, mean = max(each["operations"]), sum(each["operations"]) / 4
-        assert mean <= greatest <= each["waited_operations"] <= max(each["busiest_operations"])
+        assert max(each["operations"]) < each["waited_operations"] < max(each["busiest_operations"])
         for how in ("in_turn_s", "overlapped_s"):
-            assert 0 < each[how] <= each[f"busiest_{how}"]
+            assert 0 < each[how] < each[f"busiest_{how}"]
     result = command("--optimizer", "lamb", "--model", "gpt2", *FOUR, "--json", str(file))
     assert "exchange of norms" in result.output
     first, second = json.loads(file.read_text())["plans"]

@@ -267,7 +267,10 @@ def test_the_roots_of_a_parameter_fall_on_many_steps():
     params = [torch.empty(16, 16) for _ in range(3)]
     group = sl.Shampoo(params, max_preconditioner_dim=8, merge_dims=False, stagger=True).defaults | {"params": params}
     found = sl.Shampoo.spread([group | {"precondition_frequency": 4}])
-    assert [found[p] for p in params] == [[0, 0, 1, 1, 2, 2, 3, 3]] * 3
+    assert [found[p] for p in params] == [[0, 1, 2, 3] * 2] * 3
+    # Where there are more steps than roots, these are as far apart as they can be.
+    found = sl.Shampoo.spread([group | {"precondition_frequency": 24 * 10**9}])
+    assert list(itertools.chain(*found.values())) == list(range(0, 24 * 10**9, 10**9))
 
 
 # Roots that fail

@@ -7,14 +7,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from stepladder import backends, ranges
-from stepladder.distributed.assignment import Refreshes
+from stepladder.distributed.assignment import Refreshes, assign
 from stepladder.newton_schulz import matrix_unit
 from stepladder.optim import checks
 from stepladder.optim.base import Group
@@ -108,16 +107,15 @@ def pack_into(target: Tensor, matrix: Tensor) -> None:
     torch.index_select(matrix.reshape(-1), 0, lower(matrix.shape[-1], matrix.device)[0], out=target)
 
 
-def phases(costs: Sequence[float], frequency: int) -> list[int]:
-    """A step in [0, frequency) for each piece of work, so that every step has about the same of it."""
-    total = sum(costs)
-    if total == 0.0:
-        return [0] * len(costs)
-    # The middle of each piece on a line of all of them.
-    ends = accumulate(costs)
-    return [
-        min(frequency - 1, int((end - cost / 2) / total * frequency)) for end, cost in zip(ends, costs, strict=True)
-    ]
+@functools.lru_cache(maxsize=64)
+def phases(costs: tuple[float, ...], frequency: int) -> list[int]:
+    """A step in [0, frequency) for each piece of work, so that every step has about the same of it.
+
+    Pieces of one cost that follow each other, as of one parameter, are given to steps that do.
+    """
+    # No more steps than pieces, which are then spread.
+    steps = min(frequency, len(costs))
+    return [step * frequency // steps for step in assign(costs, [0.0] * steps)]
 
 
 @dataclass(slots=True)
@@ -281,12 +279,8 @@ class Preconditioned(Mixed):
                 pieces = alike.setdefault(int(group["precondition_frequency"]), {})
                 pieces |= {p: cls.pieces(cls.layout(p, group)) for p in group["params"]}
         for frequency, pieces in alike.items():
-            # The first pieces of all, then the second ones, and so on: those of one parameter fall on many steps, and
-            # each step has those of many, so that a rank has about as much as others whichever it owns.
-            order = sorted((place, p) for p, costs in enumerate(pieces.values()) for place in range(len(costs)))
-            costs = list(pieces.values())
-            due = dict(zip(order, phases([costs[p][place] for place, p in order], frequency), strict=True))
-            found |= {param: [due[place, p] for place in range(len(costs[p]))] for p, param in enumerate(pieces)}
+            due = iter(phases(tuple(cost for costs in pieces.values() for cost in costs), frequency))
+            found |= {p: [next(due) for _ in costs] for p, costs in pieces.items()}
         return found
 
     @classmethod
