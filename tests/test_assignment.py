@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import stepladder as sl
 from stepladder.distributed import assignment
+from stepladder.distributed import costs as costs_of
 from stepladder.distributed.assignment import assign, buckets
 from stepladder.distributed.packing import Packing, Piece
 
@@ -50,6 +52,48 @@ def test_preconditioned_matrices_of_gpt2_are_balanced(optimizer: Any, ranks: int
     loads = [0.0] * ranks
     assign(costs, loads)
     assert max(loads) / (sum(loads) / ranks) <= 1.15
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "refreshes", "steps"),
+    # As docs/scaling.md has them, rounded up.
+    [(sl.Shampoo, 1.20, 1.06), (sl.SOAP, 1.33, 1.09), (partial(sl.SOAP, variant="kl"), 1.33, 1.07)],
+)
+def test_owners_even_out_staggered_refreshes(optimizer: Any, refreshes: float, steps: float):
+    params = [torch.empty(shape, device="meta") for shape in GPT2]
+    made = optimizer([torch.empty(2, 2)], stagger=True)
+    group = made.defaults | {"params": params}
+    costs, found = [made.cost(p, group) for p in params], made.refreshes([group])
+    due = [found[p] for p in params]
+    refreshed = [sum(work / frequency for (frequency, _), work in own.items()) for own in due]
+
+    def waited(owners: list[int], costs: list[float]) -> float:
+        return fmean(map(max, costs_of.each_step(costs, due, owners, 4))) / (sum(costs) / 4)
+
+    loads = [0.0] * 4
+    owners = assign(costs, loads, due, [{} for _ in range(4)])
+    assert max(loads) / (sum(loads) / 4) <= 1.15
+    assert waited(owners, costs) <= steps
+    assert waited(owners, refreshed) <= refreshes
+    # Nothing is given up for it: not the balance of costs, and not that of bytes.
+    blind = [0.0] * 4
+    without = assign(costs, blind)
+    assert loads == pytest.approx(blind, rel=1e-9)
+    assert waited(without, costs) > steps
+    for given in (owners, without):
+        sent = [sum(p.numel() for p, owner in zip(params, given, strict=True) if owner == rank) for rank in range(4)]
+        assert len({*sent}) == 1
+
+
+def test_the_least_busy_of_ranks_that_are_loaded_alike():
+    # The second rank has less by a rounding, and something to refresh at the same steps.
+    loads = [0.1 + 0.2 + 0.3, 0.6]
+    assert loads[0] > loads[1]
+    due: list[assignment.Refreshes] = [{(2, 1): 9.0, (3, 0): 9.0}, {(2, 0): 0.5}]
+    assert assign([1.0], loads, [{(2, 0): 1.0}], due) == [0]
+    # Now it has less by more than that, whatever there is to refresh.
+    assert assign([0.5], loads, [{(2, 0): 1.0}], due) == [1]
+    assert due == [{(2, 1): 9.0, (3, 0): 9.0, (2, 0): 1.0}, {(2, 0): 1.5}]
 
 
 def test_what_a_preconditioned_parameter_costs():

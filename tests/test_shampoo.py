@@ -262,6 +262,17 @@ def test_staggered_roots_are_spread(f: int, apart: bool, monkeypatch: pytest.Mon
     assert max(cost) <= sum(n**3 for n in every) / f + max(every) ** 3
 
 
+def test_the_roots_of_a_parameter_fall_on_many_steps():
+    # Four blocks each, with two roots.
+    params = [torch.empty(16, 16) for _ in range(3)]
+    group = sl.Shampoo(params, max_preconditioner_dim=8, merge_dims=False, stagger=True).defaults | {"params": params}
+    found = sl.Shampoo.spread([group | {"precondition_frequency": 4}])
+    assert [found[p] for p in params] == [[0, 1, 2, 3] * 2] * 3
+    # Where there are more steps than roots, these are as far apart as they can be.
+    found = sl.Shampoo.spread([group | {"precondition_frequency": 24 * 10**9}])
+    assert list(itertools.chain(*found.values())) == list(range(0, 24 * 10**9, 10**9))
+
+
 # Roots that fail
 
 

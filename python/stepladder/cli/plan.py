@@ -24,13 +24,15 @@ from stepladder.distributed import costs
 from stepladder.distributed.assignment import assign
 from stepladder.distributed.sharded import Cut
 from stepladder.optim.base import Group, Optimizer
-from stepladder.optim.state import has_step, new_step
+from stepladder.optim.state import RULES, has_step, new_step
 
 REPLICATED, SHARDED = "replicated", "sharded"
-MATRICES: dict[str, Any] = {"muon": sl.Muon, "muonh": sl.MuonH}
+MATRICES: dict[str, Any] = {cls.__name__.lower(): cls for cls in (sl.Muon, sl.MuonH, sl.Shampoo, sl.SOAP)}
 ELEMENTWISE: dict[str, Any] = {
-    cls.__name__.lower(): cls for cls in (sl.SGD, sl.Adagrad, sl.RMSprop, sl.Adam, sl.AdamW, sl.SignSGD, sl.Lion)
+    cls.__name__.lower(): cls
+    for cls in (sl.SGD, sl.Adagrad, sl.RMSprop, sl.Adam, sl.AdamW, sl.SignSGD, sl.Lion, sl.LARS, sl.LAMB)
 }
+STAGGERED = ("shampoo", "soap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +42,28 @@ class Plan:
     Attributes:
         scheme: "replicated" or "sharded".
         state_bytes: Of each rank.
-        operations: Of each rank's matrices.
+        operations: Of each rank's matrices, in the mean over the steps from one refresh to the next.
+        waited_operations: Of the rank with the most of them at each step, in the same mean.
+        busiest_operations: Of each rank, at the step where one has the most of all.
         collectives: Of the optimizer, for each rank.
         received_bytes: That each rank receives from others.
-        in_turn_s: Seconds where work and exchange take turns; None where no matrices are iterated.
-        overlapped_s: Seconds where they overlap; None likewise.
+        in_turn_s: Seconds where work and exchange take turns, in the mean over steps; None where there are neither.
+        overlapped_s: Seconds where they overlap; likewise.
+        busiest_in_turn_s: Seconds of the busiest step; likewise.
+        busiest_overlapped_s: Likewise.
     """
 
     scheme: str
     state_bytes: list[int]
     operations: list[float]
+    waited_operations: float
+    busiest_operations: list[float]
     collectives: int
     received_bytes: list[int]
     in_turn_s: float | None
     overlapped_s: float | None
+    busiest_in_turn_s: float | None
+    busiest_overlapped_s: float | None
 
 
 def state_bytes(family: type[Optimizer], param: Tensor, group: Group) -> int:
@@ -66,9 +76,16 @@ def state_bytes(family: type[Optimizer], param: Tensor, group: Group) -> int:
 
 
 def plan(
-    name: str, shapes: Shapes, outside: Shapes, dtype: torch.dtype, scheme: str, ranks: int, **machine: float
+    name: str,
+    shapes: Shapes,
+    outside: Shapes,
+    dtype: torch.dtype,
+    scheme: str,
+    ranks: int,
+    options: Group | None = None,
+    **machine: float,
 ) -> Plan:
-    """A step of an optimizer with its defaults, all parameters having gradients.
+    """A step of an optimizer, all parameters having gradients.
 
     Args:
         name: A key of `MATRICES` or `ELEMENTWISE`.
@@ -77,6 +94,7 @@ def plan(
         dtype: Of parameters, gradients and states.
         scheme: "replicated" or "sharded".
         ranks: How many there are.
+        options: Hyper-parameters of the matrices, where they are not the defaults.
         machine: What `costs.seconds` takes.
     """
     hidden = [name in MATRICES and len(shape) > 1 and shape not in outside for shape in shapes]
@@ -97,23 +115,43 @@ def plan(
         for rank in range(ranks):
             states[rank] += count * state_of(cut.shape_of(rank if scheme == SHARDED else 0))
     operations = [0.0] * ranks
-    if not matrices:
-        return Plan(scheme, states, operations, 0, [0] * ranks, None, None)
-    family = MATRICES[name]
-    group = family([torch.empty(2, 2)]).defaults
-    owners = assign([family.cost(param, group) for param in matrices], operations)
-    for param, owner in zip(matrices, owners, strict=True):
-        states[owner] += state_bytes(family, param, group)
-    if scheme == SHARDED:
-        traffic = costs.sharded([param.shape for param in matrices], dtype.itemsize, owners, ranks)
+    steps = [operations]
+    if matrices:
+        family = MATRICES[name]
+        group = family([torch.empty(2, 2)]).defaults | (options or {}) | {"params": matrices}
+        work = [family.cost(param, group) for param in matrices]
+        due = family.refreshes([group])
+        refreshes = [due.get(param, {}) for param in matrices]
+        owners = assign(work, operations, refreshes, [{} for _ in range(ranks)])
+        steps = costs.each_step(work, refreshes, owners, ranks)
+        for param, owner in zip(matrices, owners, strict=True):
+            states[owner] += state_bytes(family, param, group)
+        if scheme == SHARDED:
+            traffic = costs.sharded([param.shape for param in matrices], dtype.itemsize, owners, ranks)
+        else:
+            traffic = costs.replicated([param.nbytes for param in matrices], owners, ranks)
+    elif scheme == SHARDED and RULES[elementwise.rule(group)]["norms"]:
+        traffic = costs.norms(len(shapes), ranks)
     else:
-        traffic = costs.replicated([param.nbytes for param in matrices], owners, ranks)
-    times = costs.seconds(operations, traffic, **machine)
-    return Plan(scheme, states, operations, traffic.collectives, traffic.received, *times)
+        return Plan(scheme, states, operations, 0.0, operations, 0, [0] * ranks, None, None, None, None)
+    busiest = max(steps, key=max)
+    in_turn, overlapped = zip(*(costs.seconds(step, traffic, **machine) for step in steps), strict=True)
+    return Plan(
+        scheme,
+        states,
+        operations,
+        fmean(map(max, steps)),
+        busiest,
+        traffic.collectives,
+        traffic.received,
+        fmean(in_turn),
+        fmean(overlapped),
+        *costs.seconds(busiest, traffic, **machine),
+    )
 
 
-def table(plans: list[Plan], title: str) -> Table:
-    """A column for each scheme."""
+def table(plans: list[Plan], title: str, refreshed: bool) -> Table:
+    """A column for each scheme; where something is refreshed, rows for what steps have apart."""
     shown = Table("", *(plan.scheme for plan in plans), title=title, title_justify="left")
 
     def row(what: str, text: Any) -> None:
@@ -131,8 +169,17 @@ def table(plans: list[Plan], title: str) -> Table:
         "greatest over mean",
         lambda plan: f"{max(plan.operations) / fmean(plan.operations):.3f}" if any(plan.operations) else "–",
     )
+    if refreshed:
+        row(
+            "greatest at each step over mean",
+            lambda plan: f"{plan.waited_operations / fmean(plan.operations):.3f}",
+        )
+        row("greatest at the busiest step, G", lambda plan: f"{max(plan.busiest_operations) / 1e9:.3f}")
     row("step, work and exchange in turn, ms", lambda plan: milliseconds(plan.in_turn_s))
     row("step, exchange behind work, ms", lambda plan: milliseconds(plan.overlapped_s))
+    if refreshed:
+        row("busiest step, in turn, ms", lambda plan: milliseconds(plan.busiest_in_turn_s))
+        row("busiest step, exchange behind work, ms", lambda plan: milliseconds(plan.busiest_overlapped_s))
     return shown
 
 
@@ -169,9 +216,13 @@ RATE = click.FloatRange(1e-6, 1e9)
     default=20.0,
     help="Of each collective beside its bytes, µs; an assumption.",
 )
+@click.option("--stagger", is_flag=True, help="Spread the refreshes of shampoo or soap over steps.  [default: no]")
 @click.option("--scheme", type=click.Choice([REPLICATED, SHARDED]), help="DDP's or FSDP2's.  [default: both]")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of parameters and states."
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="Of parameters and states; factors are float32.",
 )
 @click.option(
     "--json",
@@ -187,31 +238,52 @@ def plan_command(
     bandwidth: float,
     flops: float,
     latency: float,
+    stagger: bool,
     scheme: str | None,
     dtype: str,
     json_file: Path | None,
 ) -> None:
     """What a step on several ranks needs: state, traffic, and a prediction of its time.
 
-    State, collectives, bytes and operations are those of the real assignment. The time is a model: of the iteration and
-    the optimizer's own collectives, at the rates given here; elementwise work and packing count for nothing.
+    State, collectives, bytes and operations are those of the real assignment. The time is a model: of the work on
+    matrices and the optimizer's own collectives, at the rates given here; elementwise work and packing count for
+    nothing. Of Shampoo and SOAP it is the mean over the steps from one refresh to the next, beside the busiest of them.
     """
+    if stagger and optimizer not in STAGGERED:
+        said = f"{optimizer} refreshes nothing, expected {' or '.join(STAGGERED)}"
+        raise click.BadParameter(said, param_hint="--stagger")
     machine = {"flops": flops * 1e12, "bandwidth": bandwidth * 1e9, "latency": latency * 1e-6}
+    options = {"stagger": True} if stagger else None
+    shapes, outside = shapes_of(model), OUTSIDE.get(model, [])
     plans = [
-        plan(optimizer, shapes_of(model), OUTSIDE.get(model, []), getattr(torch, dtype), each, ranks, **machine)
+        plan(optimizer, shapes, outside, getattr(torch, dtype), each, ranks, options, **machine)
         for each in ([scheme] if scheme else [REPLICATED, SHARDED])
     ]
     console = Console()
-    console.print(table(plans, f"{optimizer}, {model}, {dtype}, ranks: {ranks}"))
-    if plans[0].in_turn_s is None:
-        console.print("No matrix is iterated: the optimizer exchanges nothing, and memory bounds its step.")
-    else:
+    works, refreshes = any(plans[0].operations), optimizer in STAGGERED
+    title = f"{optimizer}{', staggered' * stagger}, {model}, {dtype}, ranks: {ranks}"
+    console.print(table(plans, title, works and refreshes))
+    if not works and any(plan.collectives for plan in plans):
         console.print(
-            f"Assumed: {flops:g} TFLOP/s of each rank in the iteration, {bandwidth:g} GB/s that each receives, "
+            "No matrix is worked on: of the step, the exchange of norms is predicted alone; memory bounds the rest."
+        )
+    elif not works:
+        console.print("No matrix is worked on: the optimizer exchanges nothing, and memory bounds its step.")
+    else:
+        work = "products and refreshes" if refreshes else "the iteration"
+        console.print(
+            f"Assumed: {flops:g} TFLOP/s of each rank in {work}, {bandwidth:g} GB/s that each receives, "
             f"{latency:g} µs for each collective; elementwise work and packing take no time.",
             highlight=False,
         )
     if json_file:
-        settings = {"optimizer": optimizer, "model": model, "dtype": dtype, "ranks": ranks, **machine}
+        settings = {
+            "optimizer": optimizer,
+            "model": model,
+            "dtype": dtype,
+            "ranks": ranks,
+            "stagger": stagger,
+            **machine,
+        }
         text = json.dumps({"settings": settings, "plans": [asdict(each) for each in plans]}, indent=2)
         output.replace(json_file, "w", lambda file: file.write(text + "\n"))

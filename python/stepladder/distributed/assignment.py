@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
+# Operations that come every so many steps, at the one of them that has this number: by (frequency, phase).
+Refreshes = dict[tuple[int, int], float]
+
+# Loads that differ by less, of themselves, may be sums of the same costs in another order.
+ALIKE = 1e-9
 # Of a rank's results, below which a bucket is not divided further.
 BUCKET_BYTES = 16 << 20
 # Buckets of a step, however much there is to exchange.
 MOST_BUCKETS = 4
 
 
-def assign(costs: Sequence[float], loads: list[float]) -> list[int]:
+def assign(
+    costs: Sequence[float],
+    loads: list[float],
+    refreshes: Sequence[Refreshes] = (),
+    due: Sequence[Refreshes] = (),
+) -> list[int]:
     """A rank for each piece of work, longest processing time first: the largest left goes to the least loaded.
 
+    Among ranks that are loaded alike, it is the one that has least to do when the piece is refreshed.
+
     Args:
-        costs: Of each piece, at least 0.
+        costs: Of each piece, at least 0, in the mean over steps.
         loads: Of each rank, what it has to do already; what it is given is added.
+        refreshes: Of each piece, what of it falls on some steps alone; empty where nothing does.
+        due: Of each rank, the same of what it has to do already; likewise added to.
 
     Returns:
         A rank in [0, len(loads)) for each piece. The greatest load is at most 4/3 − 1/(3·ranks) times the least
@@ -25,14 +38,22 @@ def assign(costs: Sequence[float], loads: list[float]) -> list[int]:
     Source: Graham 1969, Bounds on multiprocessing timing anomalies.
     """
     owners = [0] * len(costs)
-    # Of ranks that are loaded alike, the one with fewer pieces: those that cost nothing are dealt out too.
-    heap = [(load, 0, rank) for rank, load in enumerate(loads)]
-    heapq.heapify(heap)
+    pieces = [0] * len(loads)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, pieces, rank = heap[0]
+        own = refreshes[index] if refreshes else {}
+        least = min(loads)
+        alike = [rank for rank, load in enumerate(loads) if load - least <= ALIKE * load]
+
+        def meets(rank: int, own: Refreshes = own) -> float:
+            return sum(work * due[rank].get(when, 0.0) for when, work in own.items())
+
+        # Where nothing is refreshed, the one with fewer pieces: those that cost nothing are dealt out too.
+        rank = min(alike, key=lambda rank: (meets(rank), pieces[rank], rank))
         owners[index] = rank
-        loads[rank] = load + costs[index]
-        heapq.heapreplace(heap, (loads[rank], pieces + 1, rank))
+        loads[rank] += costs[index]
+        pieces[rank] += 1
+        for when, work in own.items():
+            due[rank][when] = due[rank].get(when, 0.0) + work
     return owners
 
 

@@ -5,17 +5,20 @@ docs/scaling.md has the formulas, and the tests hold instrumented steps to what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from stepladder.distributed.assignment import buckets
+from stepladder.distributed.assignment import Refreshes, buckets
 from stepladder.distributed.packing import Packing, Piece, aligned
 from stepladder.distributed.sharded import Cut
 
 # What each rank tells the others before a step.
 CONTROL_BYTES = 32
+# Of each parameter whose rule takes norms, two sums of squares in fp64.
+NORM_BYTES = 2 * 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,42 @@ def sharded(shapes: Sequence[torch.Size], itemsize: int, owners: Sequence[int], 
                     received[owner] += aligned(2 * nbytes)
                     received[rank] += aligned(nbytes)
     return Traffic(1 + 2 * len(found), received, len(found))
+
+
+def norms(count: int, ranks: int) -> Traffic:
+    """Of parameters that are stepped in their shards by a rule that takes norms: one all-reduce of sums of squares.
+
+    An all-reduce counts as a reduce-scatter and an all-gather of what it sums.
+
+    Args:
+        count: Of the parameters.
+        ranks: How many there are.
+    """
+    part = -(-count * NORM_BYTES // (8 * ranks)) * 8
+    return Traffic(1, [2 * (ranks - 1) * part] * ranks, 1)
+
+
+def each_step(
+    costs: Sequence[float], refreshes: Sequence[Refreshes], owners: Sequence[int], ranks: int
+) -> list[list[float]]:
+    """Operations of each rank in each of the steps after which all refreshes come again.
+
+    Args:
+        costs: Of each piece of work, in the mean over steps.
+        refreshes: What of it falls on some steps alone.
+        owners: Rank of each piece.
+        ranks: How many there are.
+    """
+    period = math.lcm(*(frequency for due in refreshes for frequency, _ in due))
+    every = [0.0] * ranks
+    for cost, due, owner in zip(costs, refreshes, owners, strict=True):
+        every[owner] += cost - sum(work / frequency for (frequency, _), work in due.items())
+    steps = [list(every) for _ in range(period)]
+    for due, owner in zip(refreshes, owners, strict=True):
+        for (frequency, phase), work in due.items():
+            for step in steps[phase::frequency]:
+                step[owner] += work
+    return steps
 
 
 def seconds(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepladder.distributed.assignment import assign
+from stepladder.distributed.assignment import Refreshes, assign
 from stepladder.distributed.packing import Gathering, Packing, Piece, buffers
 from stepladder.distributed.peers import Peers
 
@@ -40,20 +40,22 @@ class Owners(ABC):
         self.peers = peers
         self.owners: dict[Tensor, int] = {}
         self._loads = [0.0] * peers.size
+        self._due: list[Refreshes] = [{} for _ in range(peers.size)]
         self._digest: tuple[object, int] = None, 0
 
     def is_elsewhere(self, param: Tensor) -> bool:
         """Whether another rank owns a parameter."""
         return self.owners.get(param, self.peers.rank) != self.peers.rank
 
-    def own(self, units: Sequence[Sequence[Tensor]], costs: Sequence[float]) -> None:
+    def own(self, units: Sequence[Sequence[Tensor]], costs: Sequence[float], refreshes: Sequence[Refreshes]) -> None:
         """Give parameters owners that have none.
 
         Args:
             units: Parameters that stay together.
             costs: Of the work on each unit.
+            refreshes: What of it falls on some steps alone.
         """
-        ranks = assign(costs, self._loads)
+        ranks = assign(costs, self._loads, refreshes, self._due)
         self.owners |= {param: rank for unit, rank in zip(units, ranks, strict=True) for param in unit}
 
     def agree(self, params: Sequence[Tensor], skip: bool, error: Exception | None) -> tuple[bool, bool]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from stepladder import backends, ranges, reference
+from stepladder.distributed.assignment import Refreshes
 from stepladder.distributed.owners import Owners
 from stepladder.distributed.peers import Peers, check_places, group_of
 from stepladder.distributed.replicated import Replicated
@@ -158,6 +159,11 @@ class Mixed(Optimizer):
         """Of stepping a parameter, in the same units for all parameters; from shapes and hyper-parameters alone."""
 
     @classmethod
+    def refreshes(cls, groups: Sequence[Group]) -> dict[Tensor, Refreshes]:
+        """Of the parameters of all groups of matrices, what of their work falls on some steps alone."""
+        return {}
+
+    @classmethod
     def check_backends(cls, chosen: set[tuple[str, torch.device]]) -> None:
         """Raise where one of the backends that matrices were given to could not run on its device."""
 
@@ -227,7 +233,7 @@ class Mixed(Optimizer):
             states = self.__dict__["state"]
             groups = [group for group in self.param_groups if self.of(group) is type(self)]
             kept = [(p, group) for group in groups for p in group["params"] if states.get(p)]
-            give_owners(self._owners, type(self), kept)
+            give_owners(self._owners, type(self), kept, groups)
             self._owners.drop(states)
 
     def _with_whole_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -342,14 +348,31 @@ class Mixed(Optimizer):
         return family.required_keys(group) if family is not cls else cls.hyper_keys() - cls.late_keys
 
 
-def give_owners(owners: Owners, family: type[Mixed], params: Sequence[tuple[Tensor, Group]]) -> None:
-    """Have parameters owned that are not yet; those that share memory by one rank."""
+def give_owners(
+    owners: Owners, family: type[Mixed], params: Sequence[tuple[Tensor, Group]], groups: Sequence[Group]
+) -> None:
+    """Have parameters owned that are not yet; those that share memory by one rank.
+
+    Args:
+        owners: Of the optimizer.
+        family: Its class.
+        params: With their groups.
+        groups: All groups of matrices, by which refreshes are due.
+    """
     new = [(param, group) for param, group in params if param not in owners.owners]
+    if not new:
+        return
     # Shards that share memory are not stepped in place, and may do so on one rank alone.
     alone = isinstance(owners, Sharded)
     units = [[index] for index in range(len(new))] if alone else meeting([param for param, _ in new])
     costs = [sum(family.cost(*new[index]) for index in unit) for unit in units]
-    owners.own([[new[index][0] for index in unit] for unit in units], costs)
+    due = family.refreshes(groups)
+    refreshes: list[Refreshes] = [{} for _ in units]
+    for unit, together in zip(units, refreshes, strict=True):
+        for index in unit:
+            for when, work in due.get(new[index][0], {}).items():
+                together[when] = together.get(when, 0.0) + work
+    owners.own([[new[index][0] for index in unit] for unit in units], costs, refreshes)
 
 
 def place(index: int, name: str | None) -> str:
@@ -441,7 +464,8 @@ class MixedEngine(Engine):
                 break
         if skip:
             return None
-        give_owners(owners, self.family, [(param, group) for param, group, *_ in tasks])
+        matrices = [group for group in optimizer.param_groups if self.family.of(group) is self.family]
+        give_owners(owners, self.family, [(param, group) for param, group, *_ in tasks], matrices)
         return tasks
 
     def _check(self, optimizer: torch.optim.Optimizer, capturing: bool) -> list[Task]:

@@ -7,13 +7,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from stepladder import backends, ranges
+from stepladder.distributed.assignment import Refreshes, assign
 from stepladder.newton_schulz import matrix_unit
 from stepladder.optim import checks
 from stepladder.optim.base import Group
@@ -55,9 +55,11 @@ class FactorLayout:
             for n, piece in zip(self.sides, pieces, strict=True)
         ]
 
-    def load(self, flat: Tensor) -> list[Tensor | None]:
-        """Symmetric factors: views where they are kept whole, else copies."""
+    def load(self, flat: Tensor, chosen: Sequence[bool] | None = None) -> list[Tensor | None]:
+        """Symmetric factors, all or those chosen alone: views where they are kept whole, else copies."""
         views = self.views(flat, self.packed)
+        if chosen is not None:
+            views = [x if wanted else None for x, wanted in zip(views, chosen, strict=True)]
         return [None if x is None else unpacked(x) for x in views] if self.packed else views
 
     def store(self, flat: Tensor, factors: Sequence[Tensor | None]) -> None:
@@ -105,16 +107,15 @@ def pack_into(target: Tensor, matrix: Tensor) -> None:
     torch.index_select(matrix.reshape(-1), 0, lower(matrix.shape[-1], matrix.device)[0], out=target)
 
 
-def phases(costs: Sequence[float], frequency: int) -> list[int]:
-    """A step in [0, frequency) for each piece of work, so that every step has about the same of it."""
-    total = sum(costs)
-    if total == 0.0:
-        return [0] * len(costs)
-    # The middle of each piece on a line of all of them.
-    ends = accumulate(costs)
-    return [
-        min(frequency - 1, int((end - cost / 2) / total * frequency)) for end, cost in zip(ends, costs, strict=True)
-    ]
+@functools.lru_cache(maxsize=64)
+def phases(costs: tuple[float, ...], frequency: int) -> list[int]:
+    """A step in [0, frequency) for each piece of work, so that every step has about the same of it.
+
+    Pieces of one cost that follow each other, as of one parameter, are given to steps that do.
+    """
+    # No more steps than pieces, which are then spread.
+    steps = min(frequency, len(costs))
+    return [step * frequency // steps for step in assign(costs, [0.0] * steps)]
 
 
 @dataclass(slots=True)
@@ -225,19 +226,37 @@ class Preconditioned(Mixed):
 
     @classmethod
     def cost(cls, param: Tensor, group: Group) -> float:
-        """Operations of a step, in the mean over those from one refresh to the next, and one for each element.
+        """Operations of a step, in the mean over those from one refresh to the next."""
+        every, refresh = cls.work(param, group)
+        return every + refresh / int(group["precondition_frequency"])
+
+    @classmethod
+    def work(cls, param: Tensor, group: Group) -> tuple[float, float]:
+        """Operations of every step, one for each element among them, and those that a refresh takes beside.
 
         A factor of side n takes n for each element of its block, as half of a Gram matrix is computed, and 2n for
         each of the products with it.
         """
-        layout = cls.layout(param, group)
         products, refresh_products, refresh_cubes = cls.operations(group)
-        frequency = int(group["precondition_frequency"])
-        total = float(param.numel())
-        for n, numel in layout.worked_on():
-            products_of_n = 1.0 + 2.0 * (products + refresh_products / frequency)
-            total += products_of_n * n * numel + refresh_cubes * float(n) ** 3 / frequency
-        return total
+        every, refresh = float(param.numel()), 0.0
+        for n, numel in cls.layout(param, group).worked_on():
+            every += (1.0 + 2.0 * products) * n * numel
+            refresh += 2.0 * refresh_products * n * numel + refresh_cubes * float(n) ** 3
+        return every, refresh
+
+    @classmethod
+    def refreshes(cls, groups: Sequence[Group]) -> dict[Tensor, Refreshes]:
+        spread = cls.spread(groups)
+        found: dict[Tensor, Refreshes] = {}
+        for group in groups:
+            frequency = int(group["precondition_frequency"])
+            for param in group["params"]:
+                refresh, pieces = cls.work(param, group)[1], cls.pieces(cls.layout(param, group))
+                due = found[param] = {}
+                for piece, phase in zip(pieces, spread.get(param, [0] * len(pieces)), strict=True):
+                    if piece:
+                        due[frequency, phase] = due.get((frequency, phase), 0.0) + refresh * piece / sum(pieces)
+        return found
 
     @classmethod
     @abstractmethod
@@ -260,7 +279,7 @@ class Preconditioned(Mixed):
                 pieces = alike.setdefault(int(group["precondition_frequency"]), {})
                 pieces |= {p: cls.pieces(cls.layout(p, group)) for p in group["params"]}
         for frequency, pieces in alike.items():
-            due = iter(phases([cost for costs in pieces.values() for cost in costs], frequency))
+            due = iter(phases(tuple(cost for costs in pieces.values() for cost in costs), frequency))
             found |= {p: [next(due) for _ in costs] for p, costs in pieces.items()}
         return found
 

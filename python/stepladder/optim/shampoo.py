@@ -486,7 +486,7 @@ def refresh_roots(works: list[Work], backend: str | None) -> None:
         return member[0].exponent, number(group, "eps"), number(group, "relative_eps"), group["root_method"]
 
     with ranges.kernel("refresh"):
-        loaded = {id(work): work.load("roots") for work, _ in due}
+        loaded = {id(work): work.job.layout.load(work.job.state["roots"], work.refresh) for work, _ in due}
         for members in by(due, settings):
             exponent, eps, relative_eps, method = settings(members[0])
             batches = by(members, lambda member: (len(member[0].factors[member[1]]), member[0].correction))
@@ -495,7 +495,7 @@ def refresh_roots(works: list[Work], backend: str | None) -> None:
             ]
             found = roots(stacks, exponent, eps, relative_eps, method if exponent in EXPONENTS else "eigh", backend)
             for batch, (root, info) in zip(batches, found, strict=True):
-                targets = [loaded[id(work)][k] for work, k in batch]
+                targets = [x for work, k in batch if (x := loaded[id(work)][k]) is not None]
                 good = (info.status == RootStatus.CONVERGED) | (info.status == RootStatus.STALLED)
                 # No branch on the device's numbers: nothing is to wait for them.
                 stored_all(targets, torch.where(good[:, None, None], root, torch.stack(targets)).unbind())
