@@ -9,12 +9,13 @@ import time
 from collections import Counter
 from copy import deepcopy
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from process_pool import ProcessPools, RankError
+from process_pool import ENVIRONMENT, ProcessPools, RankError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -425,6 +426,98 @@ def test_ranks_with_other_parameters_are_found_out(pools: ProcessPools):
     assert all("has other parameters than rank" in message and still for message, still, _ in answers)
 
 
+# What each of two ranks is given: owners would be others, one would exchange norms, matrices would be swapped.
+AT_ODDS: dict[str, Any] = {
+    "costs": lambda rank, params: sl.Shampoo(
+        params, max_preconditioner_dim=(4, 64)[rank], process_group=dist.group.WORLD
+    ),
+    "norms": lambda rank, params: sl.Muon(params, max_norm=(None, 1.0)[rank], process_group=dist.group.WORLD),
+    "order": lambda rank, params: sl.Muon(
+        [(str(index), params[index]) for index in ((0, 1), (1, 0))[rank]], process_group=dist.group.WORLD
+    ),
+}
+
+
+def step_at_odds(what: str) -> tuple[str, bool]:
+    params = [nn.Parameter(torch.ones(12, 12)), nn.Parameter(torch.full((12, 12), 2.0))]
+    optimizer = AT_ODDS[what](dist.get_rank(), params)
+    for p in params:
+        p.grad = torch.eye(12)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), same(params, [torch.ones(12, 12), torch.full((12, 12), 2.0)])
+    return "no error", False
+
+
+@pytest.mark.parametrize("what", AT_ODDS)
+def test_ranks_at_odds_are_found_out(pools: ProcessPools, what: str):
+    for message, still in pools(2).run(step_at_odds, what):
+        assert "has other parameters than rank" in message
+        assert still
+
+
+def save_on_one_rank() -> tuple[str, bool]:
+    """Rank 0 alone asks for the state while rank 1 goes on; then both go on together."""
+    params = parameters()
+    optimizer = MAKERS["muon"](grouped(params), process_group=dist.group.WORLD)
+
+    def step() -> None:
+        for p, grad in zip(params, gradients(params, 0), strict=True):
+            p.grad = grad
+        optimizer.step()
+
+    step()
+    message = "no error"
+    try:
+        optimizer.state_dict() if dist.get_rank() == 0 else step()
+    except RuntimeError as error:
+        message = str(error)
+    step()
+    optimizer.state_dict()
+    return message, everywhere(params)
+
+
+def test_a_rank_that_alone_asks_for_the_state_is_told_so(pools: ProcessPools):
+    for message, goes_on in pools(2).run(save_on_one_rank):
+        assert message.startswith("rank 0 called state_dict() where rank 1 took a step: every rank has to call")
+        assert goes_on
+
+
+def bytes_made_by_loading(name: str) -> tuple[int, int, bool]:
+    """Bytes that loading makes on this rank, bytes of its states, and whether a bad checkpoint gives owners."""
+    optimizers = []
+    for _ in range(2):
+        params = parameters()[: len(SHAPES)]
+        optimizers.append(MAKERS[name](params, process_group=dist.group.WORLD))
+        for p, grad in zip(params, gradients(params, 0), strict=True):
+            p.grad = grad
+    optimizers[0].step()
+    saved = optimizers[0].state_dict()
+    bad = deepcopy(saved)
+    bad["state"][len(SHAPES) - 1]["momentum_buffer"] = torch.ones(5)
+    with pytest.raises(ValueError, match="has shape"):
+        optimizers[1].load_state_dict(bad)
+    kept = bool(optimizers[1]._owners.owners)
+    made = []
+    empty_like = torch.empty_like
+    with pytest.MonkeyPatch.context() as monkey:
+
+        def counted(*arguments: Any, **options: Any) -> Tensor:
+            made.append(empty_like(*arguments, **options))
+            return made[-1]
+
+        monkey.setattr(torch, "empty_like", counted)
+        optimizers[1].load_state_dict(saved)
+    return sum(x.nbytes for x in made if x.device.type != "meta"), optimizers[1].state_bytes(), kept
+
+
+def test_loading_makes_the_states_of_what_a_rank_owns_alone(pools: ProcessPools):
+    for made, states, kept in pools(3).run(bytes_made_by_loading, "normuon"):
+        assert 0 < made == states
+        assert not kept
+
+
 def step_until_one_is_gone(how: str) -> str:
     """Rank 1 ends or sleeps between its first bucket and its second."""
     step_at_rest()  # loads what is loaded late, without a hurry
@@ -579,6 +672,45 @@ def test_refusals(pools: ProcessPools):
             expected["outside"] = "a group without this process"
         assert found.keys() == expected.keys()
         assert all(text in found[name] for name, text in expected.items())
+
+
+def test_a_group_that_was_none_before_there_were_any_is_refused(tmp_path: Path):
+    """dist.group.WORLD is None before init_process_group."""
+    script = """
+import sys
+import torch, torch.distributed as dist
+import stepladder as sl
+params = [torch.nn.Parameter(torch.ones(4, 3))]
+params[0].grad = torch.ones(4, 3)
+early = sl.Muon(params, process_group=dist.group.WORLD)
+absent = sl.Muon(params)
+early.step()  # by itself, as no other rank is known of
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+said_so = sl.Muon(params, process_group=None)
+absent.step()
+said_so.step()
+before = params[0].detach().clone()
+try:
+    early.step()
+except RuntimeError as error:
+    assert torch.equal(before, params[0])
+    print(error)
+dist.barrier()
+dist.destroy_process_group()
+"""
+    store = (tmp_path / "store").as_uri()
+    command = [sys.executable, "-c", script]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), store], env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+        assert output.startswith(b"Muon was given process_group=None before init_process_group()")
 
 
 def test_a_torch_without_collectives_is_one_for_single_processes():

@@ -349,6 +349,17 @@ def refusals() -> dict[str, str]:
             make()
         except (TypeError, ValueError) as error:
             found[name] = str(error)
+    zero = torch.cat([w, torch.zeros(8, 8)])  # the second matrix of it
+    params = [nn.Parameter(spread(w, row)), nn.Parameter(spread(zero, row))]
+    optimizer = sl.MuonH([params[0]])
+    optimizer.add_param_group({"params": [params[1]], "split_sizes": (8, 8)})
+    for p in params:
+        p.grad = torch.ones_like(p)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        assert same(whole(params), [w, zero])
+        found["zero"] = str(error)
     for optimizer_class in (sl.Muon, sl.Shampoo, sl.SOAP):
         optimizer_class([good], mesh=row)
     return found
@@ -367,3 +378,4 @@ def test_layouts_that_cannot_be_served_are_refused_at_once(pools: ProcessPools):
         assert "parameter 1 is a plain tensor beside DTensors" in found["plain"]
         assert "expected no process_group" in found["shampoo"]
         assert "parameter 0 has placements (Shard(dim=0), Shard(dim=1))" in found["soap"]
+        assert "parameter 1 has a matrix of norm 0.0, which MuonH would keep" in found["zero"]
