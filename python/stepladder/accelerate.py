@@ -101,8 +101,8 @@ def accelerate(optimizer: T, *, backend: str | None = None) -> T:
     """Let a constructed torch.optim optimizer step through the kernels from now on.
 
     It keeps its state, groups, hooks, schedulers and checkpoints, and stays an instance of its class; it is
-    changed in place. As the constructors of this package do it, one that was made with `fused=False` leaves GradScaler's
-    scale to the scaler, and any other takes it in its step.
+    changed in place. One that was made with `fused=False` leaves GradScaler's scale to the scaler, and any other
+    takes it in its step, as the optimizers of this package do.
 
     Args:
         optimizer: Exactly a torch.optim.SGD, Adagrad, RMSprop, Adam, AdamW or Muon. One of this package's, or one
