@@ -246,7 +246,8 @@ class Mixed(Optimizer):
         for group, saved in zip(self.param_groups, state_dict.get("param_groups", ()), strict=False):
             for key in saved["params"] if self.of(group) is type(self) else ():
                 entry = states.get(key, {})
-                states[key] = {name: x.full_tensor() if is_distributed(x) else x for name, x in entry.items()}
+                with collective(f"{type(self).__name__}'s all-gather of loaded states"):
+                    states[key] = {name: x.full_tensor() if is_distributed(x) else x for name, x in entry.items()}
         return state_dict | {"state": states}
 
     def _state_like(self, param: Tensor, group: Group) -> Tensor:
@@ -307,17 +308,22 @@ class Mixed(Optimizer):
         name, owners = type(self).__name__, self._owners
         process_group, mesh = self._asked
         first = sum(len(known["params"]) for known in self.param_groups)
+        known = [p for own in self.param_groups if self.of(own) is type(self) for p in own["params"]]
+        plain = any(not is_distributed(param) for param in known)
         for position, (label, param) in enumerate(named(group)):
             where = place(first + position, label)
             if not is_distributed(param):
                 if isinstance(owners, Sharded):
                     raise ValueError(f"{where} is a plain tensor beside DTensors, expected matrices of one kind")
+                plain = True
                 if owners is None and (process_group is not None or mesh is not None):
                     owners = Replicated(Peers(group_of(process_group, mesh), name))
                 continue
             dim = sharded_dim(param, where)
             if isinstance(owners, Replicated) or process_group is not None:
                 raise ValueError(f"{where} is a DTensor, which knows its ranks: expected no process_group beside it")
+            if plain:
+                raise ValueError(f"{where} is a DTensor beside plain tensors, expected matrices of one kind")
             if owners is None:
                 if mesh is not None and mesh != param.device_mesh:
                     raise ValueError(f"{where} is on {param.device_mesh}, expected the mesh that was given, {mesh}")

@@ -83,11 +83,13 @@ def settled(grad: Any, param: Any) -> Tensor:
     """A distributed gradient that lies as its parameter does, in plain memory; mostly the gradient itself."""
     from torch.distributed.tensor import DTensor
 
-    if tuple(grad.placements) != tuple(param.placements):
-        grad = grad.redistribute(placements=param.placements)
-    held = local(grad)
-    if is_under_way(grad):
-        held = held.wait()  # type: ignore[attr-defined]
+    held, before, after = local(grad), tuple(grad.placements), tuple(param.placements)
+    if before != after or is_under_way(grad):
+        with collective(f"the redistribution of a gradient from {before} to {after}"):
+            grad = grad.redistribute(placements=after)
+            held = local(grad)
+            if is_under_way(grad):
+                held = held.wait()  # type: ignore[attr-defined]
     held = held.resolve_conj().resolve_neg()
     if held is local(grad):
         result: Tensor = grad
