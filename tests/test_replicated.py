@@ -6,16 +6,16 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from copy import deepcopy
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from process_pool import ENVIRONMENT, ProcessPools, RankError
+from process_pool import ProcessPools, RankError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -674,43 +674,24 @@ def test_refusals(pools: ProcessPools):
         assert all(text in found[name] for name, text in expected.items())
 
 
-def test_a_group_that_was_none_before_there_were_any_is_refused(tmp_path: Path):
+def warnings_of_no_group() -> list[int]:
+    """How many warnings there are without process_group, at the first step with None, and at the second."""
+    params = [nn.Parameter(torch.ones(4, 3))]
+    params[0].grad = torch.ones(4, 3)
+    none = sl.Muon(params, process_group=None)
+    found = []
+    for optimizer in (sl.Muon(params), none, none):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        found.append(sum("process_group=None" in str(warning.message) for warning in caught))
+    return found
+
+
+def test_a_group_that_is_none_is_warned_of(pools: ProcessPools):
     """dist.group.WORLD is None before init_process_group."""
-    script = """
-import sys
-import torch, torch.distributed as dist
-import stepladder as sl
-params = [torch.nn.Parameter(torch.ones(4, 3))]
-params[0].grad = torch.ones(4, 3)
-early = sl.Muon(params, process_group=dist.group.WORLD)
-absent = sl.Muon(params)
-early.step()  # by itself, as no other rank is known of
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-said_so = sl.Muon(params, process_group=None)
-absent.step()
-said_so.step()
-before = params[0].detach().clone()
-try:
-    early.step()
-except RuntimeError as error:
-    assert torch.equal(before, params[0])
-    print(error)
-dist.barrier()
-dist.destroy_process_group()
-"""
-    store = (tmp_path / "store").as_uri()
-    command = [sys.executable, "-c", script]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), store], env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-        assert output.startswith(b"Muon was given process_group=None before init_process_group()")
+    assert pools(2).run(warnings_of_no_group) == [[0, 1, 0]] * 2
+    assert pools(1).run(warnings_of_no_group) == [[0, 0, 0]]
 
 
 def test_a_torch_without_collectives_is_one_for_single_processes():

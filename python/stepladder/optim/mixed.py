@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -83,7 +84,7 @@ class MatrixOptions(Options, total=False):
         process_group: Of ranks with the same parameters and gradients, as under DistributedDataParallel: each matrix
             is stepped by one of them, which alone has its state, and sent to the others. Groups with an elementwise
             algorithm are stepped by all. See docs/scaling.md. None, which `dist.group.WORLD` is before
-            init_process_group(), is refused at the first step where that has been called since.
+            init_process_group(), is as if it had not been given, but for a warning at the first step on several ranks.
         mesh: Of one dimension, in place of its process group. DTensors, as `fully_shard` makes them, need neither: they
             are divided over their ranks likewise, and `mesh` is then checked to be theirs.
     """
@@ -108,11 +109,11 @@ class Mixed(Optimizer):
     _owners: Owners | None = None
     # The ranks that were asked for.
     _asked: tuple[ProcessGroup | None, DeviceMesh | None] = None, None
-    # Whether process_group=None was given, and may have meant dist.group.WORLD before there was one.
+    # Whether process_group=None was given and is still to be warned of: dist.group.WORLD is None before there is one.
     _named_no_group = False
 
     def __init__(self, params: Params, defaults: Group, **options: Unpack[MatrixOptions]) -> None:
-        self._named_no_group = options.get("process_group", self) is None and world_size() == 0
+        self._named_no_group = options.get("process_group", self) is None
         self._asked = options.pop("process_group", None), options.pop("mesh", None)
         check_places(*self._asked)
         super().__init__(params, defaults, **cast("Options", options))
@@ -461,10 +462,12 @@ class MixedEngine(Engine):
         owners = owners_of(optimizer)
         if owners is None:
             if getattr(optimizer, "_named_no_group", False) and world_size() > 1:
-                raise RuntimeError(
-                    f"{self.family.__name__} was given process_group=None before init_process_group(), where "
-                    "dist.group.WORLD is None too: make it after init_process_group(), or, for every rank to step "
-                    "all by itself, without process_group"
+                optimizer._named_no_group = False  # type: ignore[attr-defined]
+                warnings.warn(
+                    f"{self.family.__name__} was given process_group=None: each of {world_size()} ranks steps all "
+                    "matrices by itself. dist.group.WORLD is None before init_process_group(): to divide the matrices, take it "
+                    "after that; if they are not to be divided, leave process_group out",
+                    stacklevel=2,
                 )
             return None if skip else self._check(optimizer, capturing)
         # What is sharded elementwise goes its own way: a rank without a gradient need not know of others'.
