@@ -465,8 +465,8 @@ class MixedEngine(Engine):
                 optimizer._named_no_group = False  # type: ignore[attr-defined]
                 warnings.warn(
                     f"{self.family.__name__} was given process_group=None: each of {world_size()} ranks steps all "
-                    "matrices by itself. dist.group.WORLD is None before init_process_group(): to divide them, take it after "
-                    "that; if they are not to be divided, leave process_group out",
+                    "matrices by itself. dist.group.WORLD is None before init_process_group(): to divide them, take it "
+                    "after that; if they are not to be divided, leave process_group out",
                     stacklevel=2,
                 )
             return None if skip else self._check(optimizer, capturing)
