@@ -431,6 +431,7 @@ AT_ODDS: dict[str, Any] = {
     "costs": lambda rank, params: sl.Shampoo(
         params, max_preconditioner_dim=(4, 64)[rank], process_group=dist.group.WORLD
     ),
+    "refreshes": lambda rank, params: sl.SOAP(params, stagger=rank == 1, process_group=dist.group.WORLD),
     "norms": lambda rank, params: sl.Muon(params, max_norm=(None, 1.0)[rank], process_group=dist.group.WORLD),
     "order": lambda rank, params: sl.Muon(
         [(str(index), params[index]) for index in ((0, 1), (1, 0))[rank]], process_group=dist.group.WORLD
