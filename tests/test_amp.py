@@ -213,8 +213,12 @@ def test_the_scalers_attributes_are_read_and_gone_afterwards():
     assert not hasattr(optimizer, "found_inf")
 
 
+def accelerated(params: Any, **options: Any) -> torch.optim.Optimizer:
+    return sl.accelerate(torch.optim.AdamW(params, **options))
+
+
 @pytest.mark.parametrize("fused", [None, True, False])
-@pytest.mark.parametrize("cls", [sl.AdamW, sl.Muon])
+@pytest.mark.parametrize("cls", [sl.AdamW, sl.Muon, accelerated], ids=lambda cls: cls.__name__)
 def test_fused_false_leaves_the_scale_to_the_scaler(cls: Any, fused: bool | None):
     """As torch's unfused optimizers do; copies, pickles and checkpoints change nothing about it."""
     w = torch.nn.Parameter(torch.randn(4, 6))

@@ -202,6 +202,23 @@ def test_distributed_checkpointing_takes_and_gives_its_state(cls: Any):
     assert_same(optimizer, fresh)
 
 
+@each_class
+@pytest.mark.parametrize("stagger", [False, True])
+def test_what_makes_states_for_a_checkpoint_is_no_step(cls: Any, stagger: bool):
+    """A new optimizer is stepped with lr=0 and gradients of zero; training then begins as without."""
+    models = [torch.nn.Linear(5, 4) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [make(cls, model.parameters(), stagger=stagger) for model in models]
+    states = get_optimizer_state_dict(models[0], optimizers[0])["state"]
+    assert [float(state["step"]) for state in states.values()] == [0.0, 0.0]
+    for seed in range(6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for index, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * seed + index))
+            optimizer.step()
+    assert_same(*optimizers)
+
+
 # Packing, and what states take
 
 

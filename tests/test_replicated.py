@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from copy import deepcopy
 from datetime import timedelta
@@ -425,6 +426,99 @@ def test_ranks_with_other_parameters_are_found_out(pools: ProcessPools):
     assert all("has other parameters than rank" in message and still for message, still, _ in answers)
 
 
+# What each of two ranks is given: owners would be others, one would exchange norms, matrices would be swapped.
+AT_ODDS: dict[str, Any] = {
+    "costs": lambda rank, params: sl.Shampoo(
+        params, max_preconditioner_dim=(4, 64)[rank], process_group=dist.group.WORLD
+    ),
+    "refreshes": lambda rank, params: sl.SOAP(params, stagger=rank == 1, process_group=dist.group.WORLD),
+    "norms": lambda rank, params: sl.Muon(params, max_norm=(None, 1.0)[rank], process_group=dist.group.WORLD),
+    "order": lambda rank, params: sl.Muon(
+        [(str(index), params[index]) for index in ((0, 1), (1, 0))[rank]], process_group=dist.group.WORLD
+    ),
+}
+
+
+def step_at_odds(what: str) -> tuple[str, bool]:
+    params = [nn.Parameter(torch.ones(12, 12)), nn.Parameter(torch.full((12, 12), 2.0))]
+    optimizer = AT_ODDS[what](dist.get_rank(), params)
+    for p in params:
+        p.grad = torch.eye(12)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), same(params, [torch.ones(12, 12), torch.full((12, 12), 2.0)])
+    return "no error", False
+
+
+@pytest.mark.parametrize("what", AT_ODDS)
+def test_ranks_at_odds_are_found_out(pools: ProcessPools, what: str):
+    for message, still in pools(2).run(step_at_odds, what):
+        assert "has other parameters than rank" in message
+        assert still
+
+
+def save_on_one_rank() -> tuple[str, bool]:
+    """Rank 0 alone asks for the state while rank 1 goes on; then both go on together."""
+    params = parameters()
+    optimizer = MAKERS["muon"](grouped(params), process_group=dist.group.WORLD)
+
+    def step() -> None:
+        for p, grad in zip(params, gradients(params, 0), strict=True):
+            p.grad = grad
+        optimizer.step()
+
+    step()
+    message = "no error"
+    try:
+        optimizer.state_dict() if dist.get_rank() == 0 else step()
+    except RuntimeError as error:
+        message = str(error)
+    step()
+    optimizer.state_dict()
+    return message, everywhere(params)
+
+
+def test_a_rank_that_alone_asks_for_the_state_is_told_so(pools: ProcessPools):
+    for message, goes_on in pools(2).run(save_on_one_rank):
+        assert message.startswith("rank 0 called state_dict() where rank 1 took a step: every rank has to call")
+        assert goes_on
+
+
+def bytes_made_by_loading(name: str) -> tuple[int, int, bool]:
+    """Bytes that loading makes on this rank, bytes of its states, and whether a bad checkpoint gives owners."""
+    optimizers = []
+    for _ in range(2):
+        params = parameters()[: len(SHAPES)]
+        optimizers.append(MAKERS[name](params, process_group=dist.group.WORLD))
+        for p, grad in zip(params, gradients(params, 0), strict=True):
+            p.grad = grad
+    optimizers[0].step()
+    saved = optimizers[0].state_dict()
+    bad = deepcopy(saved)
+    bad["state"][len(SHAPES) - 1]["momentum_buffer"] = torch.ones(5)
+    with pytest.raises(ValueError, match="has shape"):
+        optimizers[1].load_state_dict(bad)
+    kept = bool(optimizers[1]._owners.owners)
+    made = []
+    empty_like = torch.empty_like
+    with pytest.MonkeyPatch.context() as monkey:
+
+        def counted(*arguments: Any, **options: Any) -> Tensor:
+            made.append(empty_like(*arguments, **options))
+            return made[-1]
+
+        monkey.setattr(torch, "empty_like", counted)
+        optimizers[1].load_state_dict(saved)
+    return sum(x.nbytes for x in made if x.device.type != "meta"), optimizers[1].state_bytes(), kept
+
+
+def test_loading_makes_the_states_of_what_a_rank_owns_alone(pools: ProcessPools):
+    for made, states, kept in pools(3).run(bytes_made_by_loading, "normuon"):
+        assert 0 < made == states
+        assert not kept
+
+
 def step_until_one_is_gone(how: str) -> str:
     """Rank 1 ends or sleeps between its first bucket and its second."""
     step_at_rest()  # loads what is loaded late, without a hurry
@@ -579,6 +673,26 @@ def test_refusals(pools: ProcessPools):
             expected["outside"] = "a group without this process"
         assert found.keys() == expected.keys()
         assert all(text in found[name] for name, text in expected.items())
+
+
+def warnings_of_no_group() -> list[int]:
+    """How many warnings there are without process_group, at the first step with None, and at the second."""
+    params = [nn.Parameter(torch.ones(4, 3))]
+    params[0].grad = torch.ones(4, 3)
+    none = sl.Muon(params, process_group=None)
+    found = []
+    for optimizer in (sl.Muon(params), none, none):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        found.append(sum("process_group=None" in str(warning.message) for warning in caught))
+    return found
+
+
+def test_a_group_that_is_none_is_warned_of(pools: ProcessPools):
+    """dist.group.WORLD is None before init_process_group."""
+    assert pools(2).run(warnings_of_no_group) == [[0, 1, 0]] * 2
+    assert pools(1).run(warnings_of_no_group) == [[0, 0, 0]]
 
 
 def test_a_torch_without_collectives_is_one_for_single_processes():

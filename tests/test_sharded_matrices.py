@@ -86,6 +86,32 @@ def test_other_dtypes(pools: ProcessPools, dtype: torch.dtype, name: str):
     assert all(all(found) for found in pools(3).run(train_beside_one, name, dtype, "row", 1 << 20))
 
 
+def step_with_wider_gradients(name: str) -> bool:
+    """Parameters in bf16 whose gradients are fp32, one of which one rank lacks."""
+    alone, shards = parameters(torch.bfloat16)[: len(SHAPES)], parameters(torch.bfloat16)[: len(SHAPES)]
+    shards = sharded(shards, mesh_of("row"))
+    optimizers = [MAKERS[name](alone), MAKERS[name](shards)]
+    for step in range(3):
+        for index, (p, q) in enumerate(zip(alone, shards, strict=True)):
+            assert isinstance(q, DTensor)
+            p.grad_dtype = q.grad_dtype = None  # type: ignore[attr-defined]
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + index))
+            if index == 0:
+                p.grad[-(-len(p.grad) // dist.get_world_size()) :] = 0.0
+            q.grad = distribute_tensor(p.grad, q.device_mesh, q.placements)
+            if index == 0 and dist.get_rank() > 0:
+                q.grad = None
+        for optimizer in optimizers:
+            optimizer.step()
+    return same(alone, whole(shards))
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch lets gradients have no other dtype")
+@pytest.mark.parametrize("name", ["muon", "soap"])
+def test_gradients_in_a_wider_dtype(pools: ProcessPools, name: str):
+    assert all(pools(2).run(step_with_wider_gradients, name))
+
+
 @pytest.mark.parametrize(
     ("in_a_row", "hybrid"), [("muonh", "normuon"), ("shampoo", "staggered shampoo"), ("kl", "staggered soap")]
 )
@@ -340,6 +366,8 @@ def refusals() -> dict[str, str]:
         "mesh": lambda: sl.Muon([good], mesh=square),
         "other mesh": lambda: sl.MuonH([good, nn.Parameter(spread(w, square))]),
         "plain": lambda: sl.MuonH([good, nn.Parameter(w)]),
+        "plain before": lambda: sl.Muon([nn.Parameter(w), good]),
+        "plain long before": lambda: sl.Muon([nn.Parameter(w)]).add_param_group({"params": [good]}),
         "shampoo": lambda: sl.Shampoo([good], process_group=dist.group.WORLD),
         "soap": lambda: sl.SOAP([nn.Parameter(distribute_tensor(w, square, [Shard(0), Shard(1)]))]),
     }
@@ -349,6 +377,17 @@ def refusals() -> dict[str, str]:
             make()
         except (TypeError, ValueError) as error:
             found[name] = str(error)
+    zero = torch.cat([w, torch.zeros(8, 8)])  # the second matrix of it
+    params = [nn.Parameter(spread(w, row)), nn.Parameter(spread(zero, row))]
+    optimizer = sl.MuonH([params[0]])
+    optimizer.add_param_group({"params": [params[1]], "split_sizes": (8, 8)})
+    for p in params:
+        p.grad = torch.ones_like(p)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        assert same(whole(params), [w, zero])
+        found["zero"] = str(error)
     for optimizer_class in (sl.Muon, sl.Shampoo, sl.SOAP):
         optimizer_class([good], mesh=row)
     return found
@@ -365,5 +404,8 @@ def test_layouts_that_cannot_be_served_are_refused_at_once(pools: ProcessPools):
         assert "expected the mesh that was given" in found["mesh"]
         assert "parameter 1 is sharded over dimension 1" in found["other mesh"]
         assert "parameter 1 is a plain tensor beside DTensors" in found["plain"]
+        assert "parameter 1 is a DTensor beside plain tensors" in found["plain before"]
+        assert "parameter 1 is a DTensor beside plain tensors" in found["plain long before"]
         assert "expected no process_group" in found["shampoo"]
         assert "parameter 0 has placements (Shard(dim=0), Shard(dim=1))" in found["soap"]
+        assert "parameter 1 has a matrix of norm 0.0, which MuonH would keep" in found["zero"]

@@ -40,11 +40,15 @@ class Accelerated(WatchedState, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._engine = _engine(self._family, self._backend)
+        _attach_engine(self)
 
 
-def _engine(family: type[Optimizer], backend: str | None) -> Engine:
-    return MixedEngine(family, backend, None) if issubclass(family, Mixed) else Engine(family, backend, None)
+def _attach_engine(optimizer: Accelerated) -> None:
+    family, backend = optimizer._family, optimizer._backend
+    kind = MixedEngine if issubclass(family, Mixed) else Engine
+    optimizer._engine = kind(family, backend, None)  # type: ignore[arg-type]
+    # As in the constructors of this package.
+    optimizer._step_supports_amp_scaling = optimizer.defaults.get("fused") is not False
 
 
 class AcceleratedSGD(Accelerated, torch.optim.SGD):
@@ -97,7 +101,8 @@ def accelerate(optimizer: T, *, backend: str | None = None) -> T:
     """Let a constructed torch.optim optimizer step through the kernels from now on.
 
     It keeps its state, groups, hooks, schedulers and checkpoints, and stays an instance of its class; it is
-    changed in place.
+    changed in place. One that was made with `fused=False` leaves GradScaler's scale to the scaler, and any other
+    takes it in its step, as the optimizers of this package do.
 
     Args:
         optimizer: Exactly a torch.optim.SGD, Adagrad, RMSprop, Adam, AdamW or Muon. One of this package's, or one
@@ -134,7 +139,7 @@ def accelerate(optimizer: T, *, backend: str | None = None) -> T:
 
     optimizer.__class__ = cls  # type: ignore[assignment]
     optimizer._backend = backend  # type: ignore[attr-defined]
-    optimizer._engine = _engine(cls._family, backend)  # type: ignore[attr-defined]
+    _attach_engine(optimizer)  # type: ignore[arg-type]
     optimizer._patch_step_function()
     if patched is not None:
         _track_calls(optimizer)

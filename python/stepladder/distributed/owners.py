@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ GRADIENT_DTYPES = (
     torch.complex64,
 )
 _CODES = {dtype: code for code, dtype in enumerate(GRADIENT_DTYPES, 1)}
+
+# What a rank is about to do.
+STEP, REFUSE, SAVE = range(3)
+
+Group = dict[str, Any]
 
 
 class Owners(ABC):
@@ -58,13 +64,24 @@ class Owners(ABC):
         ranks = assign(costs, self._loads, refreshes, self._due)
         self.owners |= {param: rank for unit, rank in zip(units, ranks, strict=True) for param in unit}
 
-    def agree(self, params: Sequence[Tensor], skip: bool, error: Exception | None) -> tuple[bool, bool]:
+    @contextmanager
+    def undone_by_errors(self) -> Iterator[None]:
+        """Within this, an error takes back what owners were given."""
+        before = dict(self.owners), list(self._loads), [dict(refreshes) for refreshes in self._due]
+        try:
+            yield
+        except BaseException:
+            self.owners, self._loads, self._due = before
+            raise
+
+    def agree(self, params: Sequence[Tensor], structure: int, skip: bool, error: Exception | None) -> tuple[bool, bool]:
         """Find out whether all ranks are about to take the same step; one small all-gather where they are.
 
         A gradient that some ranks lack is then given to them by `fill`.
 
         Args:
-            params: All parameters of the optimizer.
+            params: All that ranks are to agree on.
+            structure: What `structure` says of them.
             skip: Whether this rank leaves the step out, as its gradients were found not to be finite.
             error: What this rank's checks found, which is raised again once the others know.
 
@@ -72,37 +89,70 @@ class Owners(ABC):
             Whether any rank leaves the step out, and whether this rank or another was given gradients.
 
         Raises:
-            RuntimeError: Another rank refused its step, or has other parameters, states or owners.
+            RuntimeError: Another rank refused its step, has other parameters, states or owners, or is in state_dict().
         """
-        has = b"" if error is not None else _codes(params)
-        here = [int(error is not None), int(skip), self._structure(params), _digest(has)]
         device = self.peers.control_device(params[0].device if params else torch.device("cpu"))
-        own = torch.tensor(here, dtype=torch.int64, device=device)
-        everyone = own.new_empty(self.peers.size * len(here))
-        self.peers.all_gather(everyone, own, "what each rank is about to do").wait()
-        said = everyone.view(self.peers.size, len(here)).tolist()
+        here = [STEP, int(skip), structure, _digest(_codes(params))] if error is None else [REFUSE, 0, 0, 0]
+        said = self._say(here, device, "what each rank is about to do")
         if error is not None:
             raise error
-        if refused := [rank for rank, row in enumerate(said) if row[0]]:
+        self._check_together(said)
+        if refused := [rank for rank, row in enumerate(said) if row[0] == REFUSE]:
             raise RuntimeError(f"rank {refused[0]} refused its step, and so no rank took it; its own error says why")
-        if others := [rank for rank, row in enumerate(said) if row[2] != here[2]]:
-            raise RuntimeError(
-                f"rank {others[0]} has other parameters than rank {self.peers.rank}, or other owners of them: "
-                "expected the same groups, shapes and dtypes on all ranks, and the same checkpoint"
-            )
         if any(row[1] for row in said):
             return True, False
+        if others := [rank for rank, row in enumerate(said) if row[2] != structure]:
+            raise RuntimeError(
+                f"rank {others[0]} has other parameters than rank {self.peers.rank}, or other owners of them: expected "
+                "the same groups, names, shapes, dtypes, hyper-parameters and max_norm on all ranks, and the same "
+                "checkpoint"
+            )
         if all(row[3] == here[3] for row in said):
             return False, False
         self._fill(params, device)
         return False, True
 
-    def _structure(self, params: Sequence[Tensor]) -> int:
-        """A digest of the parameters and their owners."""
-        key = tuple(map(id, params)), len(self.owners)
+    def _say(self, here: list[int], device: torch.device, what: str) -> list[list[int]]:
+        """Tell all ranks four numbers; returns what each has said."""
+        own = torch.tensor(here, dtype=torch.int64, device=device)
+        everyone = own.new_empty(self.peers.size * len(here))
+        self.peers.all_gather(everyone, own, what).wait()
+        said: list[list[int]] = everyone.view(self.peers.size, len(here)).tolist()
+        return said
+
+    @staticmethod
+    def _check_together(said: list[list[int]]) -> None:
+        """Refuse that some ranks save while others step.
+
+        Raises:
+            RuntimeError: Names a rank of each.
+        """
+        saving = [rank for rank, row in enumerate(said) if row[0] == SAVE]
+        if saving and len(saving) < len(said):
+            stepping = next(rank for rank, row in enumerate(said) if row[0] != SAVE)
+            raise RuntimeError(
+                f"rank {saving[0]} called state_dict() where rank {stepping} took a step: every rank has to call "
+                "state_dict(), as each has the states of what it owns alone"
+            )
+
+    def structure(self, groups: Sequence[Group], fates: Callable[[], dict[Tensor, object]], setting: str) -> int:
+        """A digest of the parameters, their owners, and what new ones will be chosen by.
+
+        Args:
+            groups: Of all that ranks are to agree on.
+            fates: The latter, of parameters that may be given owners.
+            setting: What else is to be alike on all ranks.
+        """
+        key = tuple(id(param) for group in groups for param in group["params"]), len(self.owners)
         if self._digest[0] != key:
-            text = "\n".join(f"{tuple(p.shape)} {p.dtype} {self.owners.get(p)}" for p in params)
-            self._digest = key, _digest(text.encode())
+            expected = fates()
+            lines = [setting]
+            for group in groups:
+                names = group.get("param_names") or [""] * len(group["params"])
+                for name, param in zip(names, group["params"], strict=True):
+                    fate = self.owners.get(param, expected.get(param))
+                    lines.append(f"{name} {tuple(param.shape)} {param.dtype} {fate}")
+            self._digest = key, _digest("\n".join(lines).encode())
         return self._digest[1]
 
     def _fill(self, params: Sequence[Tensor], device: torch.device) -> None:
@@ -137,7 +187,14 @@ class Owners(ABC):
         Args:
             states: This rank's, by parameter.
             params: All parameters of the optimizer.
+
+        Raises:
+            RuntimeError: Another rank took a step meanwhile, ended, or did not come in time.
         """
+        # As large as what ranks say before a step, so that one that steps meanwhile is found out by both.
+        device = self.peers.control_device(params[0].device if params else torch.device("cpu"))
+        what = "states for state_dict(), which every rank has to call,"
+        self._check_together(self._say([SAVE, 0, 0, 0], device, what))
         kept = [{} if self.is_elsewhere(param) else states.get(param, {}) for param in params]
         mine = [
             {

@@ -19,7 +19,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 
 
 @contextmanager
-def named(what: str) -> Iterator[None]:
+def collective(what: str) -> Iterator[None]:
     """Errors of a collective say which it was."""
     try:
         yield
@@ -42,7 +42,7 @@ class Pending:
         Raises:
             RuntimeError: It failed; says which it was.
         """
-        with named(self._what):
+        with collective(self._what):
             self._work.wait()
 
 
@@ -73,7 +73,7 @@ class Peers:
     def all_gather(self, out: Tensor, own: Tensor, what: str) -> Pending:
         """Begin to gather everybody's `own`, one after another by rank, into `out`; both contiguous."""
         what = f"{self._name}'s all-gather of {what}"
-        with named(what):
+        with collective(what):
             return Pending(_all_gather(out, own, group=self.group, async_op=True), what)
 
     def all_to_all(
@@ -81,21 +81,26 @@ class Peers:
     ) -> Pending:
         """Begin to exchange bytes between all ranks; both buffers contiguous, with their bytes for each rank."""
         what = f"{self._name}'s all-to-all of {what}"
-        with named(what):
+        with collective(what):
             work = dist.all_to_all_single(incoming, outgoing, of_each, to_each, group=self.group, async_op=True)
             return Pending(work, what)
 
     def broadcast(self, tensor: Tensor, source: int, what: str) -> None:
         """Send rank `source`'s contiguous tensor to all."""
-        with named(f"{self._name}'s broadcast of {what} from rank {source}"):
+        with collective(f"{self._name}'s broadcast of {what} from rank {source}"):
             dist.broadcast(tensor, group=self.group, group_src=source)
 
     def all_gather_objects(self, own: Any, what: str) -> Sequence[Any]:
         """Everybody's object, by rank; pickled."""
         found: list[Any] = [None] * self.size
-        with named(f"{self._name}'s all-gather of {what}"):
+        with collective(f"{self._name}'s all-gather of {what}"):
             dist.all_gather_object(found, own, group=self.group)
         return found
+
+
+def world_size() -> int:
+    """How many processes torch.distributed was initialised with; 0 before it was."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
 
 
 def check_places(process_group: ProcessGroup | None, mesh: DeviceMesh | None) -> None:

@@ -200,7 +200,9 @@ class Sharded(Owners):
             for index in own:
                 param, cut = params[index], self._cut(params[index])
                 value = torch.empty(param.shape, dtype=param.dtype, device=device)
-                value.grad = torch.empty(param.shape, dtype=param.dtype, device=device).to(param.grad.dtype)
+                if param.grad.dtype != param.dtype:
+                    value.grad_dtype = None  # as the parameter's
+                value.grad = torch.empty(param.shape, dtype=param.grad.dtype, device=device)
                 for rank in range(self.peers.size):
                     targets += [cut.shard(value.grad, rank), cut.shard(value, rank)]
                 whole[index] = value

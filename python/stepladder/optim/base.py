@@ -166,6 +166,14 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
         """What a parameter's states are laid out like."""
         return param
 
+    def _expect_states(self, params: Sequence[tuple[Tensor, Group]], groups: Sequence[Group]) -> None:
+        """Called before the states of a checkpoint are checked and copied.
+
+        Args:
+            params: That have some, with their groups.
+            groups: All, as they will be.
+        """
+
     @property
     def grad_norm(self) -> float | None:
         """Norm of all gradients before clipping, as of the last step with `max_norm`; None before it."""
@@ -270,6 +278,7 @@ class Optimizer(WatchedState, torch.optim.Optimizer):
             new_groups.append(new)
             owners |= {saved_id: (p, new) for saved_id, p in zip(ids, group["params"], strict=True)}
 
+        self._expect_states([own for key, own in owners.items() if state_dict["state"].get(key)], new_groups)
         new_state: defaultdict[Any, Any] = defaultdict(dict)
         for key, entry in state_dict["state"].items():
             if key in owners:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from typing_extensions import Unpack
 from stepladder import backends, ranges, reference
 from stepladder.distributed.assignment import Refreshes
 from stepladder.distributed.owners import Owners
-from stepladder.distributed.peers import Peers, check_places, group_of
+from stepladder.distributed.peers import Peers, check_places, collective, group_of, world_size
 from stepladder.distributed.replicated import Replicated
 from stepladder.distributed.sharded import Sharded, sharded_dim
 from stepladder.newton_schulz import kept_iterations
@@ -82,7 +83,8 @@ class MatrixOptions(Options, total=False):
     Attributes:
         process_group: Of ranks with the same parameters and gradients, as under DistributedDataParallel: each matrix
             is stepped by one of them, which alone has its state, and sent to the others. Groups with an elementwise
-            algorithm are stepped by all. See docs/scaling.md.
+            algorithm are stepped by all. See docs/scaling.md. None, which `dist.group.WORLD` is before
+            init_process_group(), is as if it had not been given, but for a warning at the first step on several ranks.
         mesh: Of one dimension, in place of its process group. DTensors, as `fully_shard` makes them, need neither: they
             are divided over their ranks likewise, and `mesh` is then checked to be theirs.
     """
@@ -107,19 +109,14 @@ class Mixed(Optimizer):
     _owners: Owners | None = None
     # The ranks that were asked for.
     _asked: tuple[ProcessGroup | None, DeviceMesh | None] = None, None
+    # Whether process_group=None was given and is still to be warned of: dist.group.WORLD is None before there is one.
+    _named_no_group = False
 
-    def __init__(
-        self,
-        params: Params,
-        defaults: Group,
-        *,
-        process_group: ProcessGroup | None = None,
-        mesh: DeviceMesh | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        check_places(process_group, mesh)
-        self._asked = process_group, mesh
-        super().__init__(params, defaults, **options)
+    def __init__(self, params: Params, defaults: Group, **options: Unpack[MatrixOptions]) -> None:
+        self._named_no_group = options.get("process_group", self) is None
+        self._asked = options.pop("process_group", None), options.pop("mesh", None)
+        check_places(*self._asked)
+        super().__init__(params, defaults, **cast("Options", options))
 
     @classmethod
     def of(cls, group: Group) -> type[Optimizer]:
@@ -148,6 +145,9 @@ class Mixed(Optimizer):
     @abstractmethod
     def check_shape(cls, param: Tensor, group: Group, where: str) -> None:
         """Raise ValueError or TypeError for a parameter that is no matrix or batch of matrices."""
+
+    # Whether `check_start` looks at anything.
+    checks_start: ClassVar[bool] = False
 
     @classmethod
     def check_start(cls, param: Tensor, group: Group, where: str) -> None:
@@ -226,15 +226,20 @@ class Mixed(Optimizer):
             ValueError: Groups or states do not fit; nothing has then changed.
             TypeError: A state has the wrong type; nothing has then changed.
         """
-        if isinstance(self._owners, Sharded):
+        owners = self._owners
+        if owners is None:
+            super().load_state_dict(state_dict)
+            return
+        if isinstance(owners, Sharded):
             state_dict = self._with_whole_states(state_dict)
-        super().load_state_dict(state_dict)
+        with owners.undone_by_errors():
+            super().load_state_dict(state_dict)
+        owners.drop(self.__dict__["state"])
+
+    def _expect_states(self, params: Sequence[tuple[Tensor, Group]], groups: Sequence[Group]) -> None:
         if self._owners is not None:
-            states = self.__dict__["state"]
-            groups = [group for group in self.param_groups if self.of(group) is type(self)]
-            kept = [(p, group) for group in groups for p in group["params"] if states.get(p)]
-            give_owners(self._owners, type(self), kept, groups)
-            self._owners.drop(states)
+            matrices = [(param, group) for param, group in params if self.of(group) is type(self)]
+            give_owners(self._owners, type(self), matrices, [group for group in groups if self.of(group) is type(self)])
 
     def _with_whole_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint in which states of matrices are whole, in place of shards that other ranks have parts of."""
@@ -242,14 +247,17 @@ class Mixed(Optimizer):
         for group, saved in zip(self.param_groups, state_dict.get("param_groups", ()), strict=False):
             for key in saved["params"] if self.of(group) is type(self) else ():
                 entry = states.get(key, {})
-                states[key] = {name: x.full_tensor() if is_distributed(x) else x for name, x in entry.items()}
+                with collective(f"{type(self).__name__}'s all-gather of loaded states"):
+                    states[key] = {name: x.full_tensor() if is_distributed(x) else x for name, x in entry.items()}
         return state_dict | {"state": states}
 
     def _state_like(self, param: Tensor, group: Group) -> Tensor:
-        if self.of(group) is not type(self) or not is_distributed(param):
+        elsewhere = self._owners is not None and self._owners.is_elsewhere(param)
+        if self.of(group) is not type(self) or not (elsewhere or is_distributed(param)):
             return param
-        # The owner has whole states; the shape and layout of a whole parameter, without its memory.
-        return torch.empty(1, dtype=param.dtype, device=param.device).expand(param.shape)
+        # The shape and layout of a whole parameter without its memory, and for another rank's states without any.
+        device = torch.device("meta") if elsewhere else param.device
+        return torch.empty((), dtype=param.dtype, device=device).expand(param.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._owners is not None:
@@ -301,17 +309,22 @@ class Mixed(Optimizer):
         name, owners = type(self).__name__, self._owners
         process_group, mesh = self._asked
         first = sum(len(known["params"]) for known in self.param_groups)
+        known = [p for own in self.param_groups if self.of(own) is type(self) for p in own["params"]]
+        plain = any(not is_distributed(param) for param in known)
         for position, (label, param) in enumerate(named(group)):
             where = place(first + position, label)
             if not is_distributed(param):
                 if isinstance(owners, Sharded):
                     raise ValueError(f"{where} is a plain tensor beside DTensors, expected matrices of one kind")
+                plain = True
                 if owners is None and (process_group is not None or mesh is not None):
                     owners = Replicated(Peers(group_of(process_group, mesh), name))
                 continue
             dim = sharded_dim(param, where)
             if isinstance(owners, Replicated) or process_group is not None:
                 raise ValueError(f"{where} is a DTensor, which knows its ranks: expected no process_group beside it")
+            if plain:
+                raise ValueError(f"{where} is a DTensor beside plain tensors, expected matrices of one kind")
             if owners is None:
                 if mesh is not None and mesh != param.device_mesh:
                     raise ValueError(f"{where} is on {param.device_mesh}, expected the mesh that was given, {mesh}")
@@ -448,6 +461,14 @@ class MixedEngine(Engine):
         """The matrices to be stepped, checked by all ranks before any of them goes on; None to leave the step out."""
         owners = owners_of(optimizer)
         if owners is None:
+            if getattr(optimizer, "_named_no_group", False) and world_size() > 1:
+                optimizer._named_no_group = False  # type: ignore[attr-defined]
+                warnings.warn(
+                    f"{self.family.__name__} was given process_group=None: each of {world_size()} ranks steps all "
+                    "matrices by itself. dist.group.WORLD is None before init_process_group(): to divide them, take it "
+                    "after that; if they are not to be divided, leave process_group out",
+                    stacklevel=2,
+                )
             return None if skip else self._check(optimizer, capturing)
         # What is sharded elementwise goes its own way: a rank without a gradient need not know of others'.
         groups = [g for g in optimizer.param_groups if self.family.of(g) is self.family or type(owners) is Replicated]
@@ -455,18 +476,44 @@ class MixedEngine(Engine):
         while True:
             error: Exception | None = None
             tasks: list[Task] = []
+            structure = 0
             try:
-                tasks = [] if skip else self._check(optimizer, capturing)
+                if not skip:
+                    tasks = self._check(optimizer, capturing)
+                    fates = functools.partial(self._fates, optimizer, owners)
+                    structure = owners.structure(groups, fates, f"max_norm={self._limit}")
             except Exception as found:
                 error = found
-            skip, received = owners.agree(params, skip, error)
+            skip, received = owners.agree(params, structure, skip, error)
             if skip or not received:
                 break
         if skip:
             return None
+        if self.family.checks_start and isinstance(owners, Sharded):
+            self._check_new_shards(optimizer, owners)
         matrices = [group for group in optimizer.param_groups if self.family.of(group) is self.family]
         give_owners(owners, self.family, [(param, group) for param, group, *_ in tasks], matrices)
         return tasks
+
+    def _check_new_shards(self, optimizer: torch.optim.Optimizer, owners: Owners) -> None:
+        """Check what sharded matrices hold before their first step: whole, and on all ranks alike."""
+        first = 0
+        for group in optimizer.param_groups:
+            for position, param in enumerate(group["params"]):
+                if self.family.of(group) is not self.family or param.grad is None or param in owners.owners:
+                    continue
+                where = describe_parameter(first + position, group, position)
+                with collective(f"{self.family.__name__}'s all-gather of {where}"):
+                    whole = param.detach().full_tensor()
+                self.family.check_start(whole, group, where)
+            first += len(group["params"])
+
+    def _fates(self, optimizer: torch.optim.Optimizer, owners: Owners) -> dict[Tensor, object]:
+        """Of matrices without an owner, all that one is chosen by."""
+        groups = [group for group in optimizer.param_groups if self.family.of(group) is self.family]
+        new = [(p, group) for group in groups for p in group["params"] if p not in owners.owners]
+        due = self.family.refreshes(groups) if new else {}
+        return {param: (self.family.cost(param, group), due.get(param)) for param, group in new}
 
     def _check(self, optimizer: torch.optim.Optimizer, capturing: bool) -> list[Task]:
         """Check all groups, and the matrices that have a gradient; returns these."""

@@ -46,6 +46,7 @@ class MuonH(Orthogonalized):
     """
 
     algorithm = "muonh"
+    checks_start = True
     keys = frozenset({"lr", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"})
 
     def __init__(

@@ -300,6 +300,8 @@ class Preconditioned(Mixed):
             assert grad is not None
             if param.numel() == 0:
                 continue
+            if not int(states[param]["step"]) and number(group, "lr") == 0.0 and not bool(grad.any()):
+                continue  # there to make states, before those of a checkpoint are loaded
             layout = cls.layout(param, group)
             scale = -factor if group.get("maximize") else factor
             phase = spread[listed] if group["stagger"] else [0] * len(cls.pieces(layout))

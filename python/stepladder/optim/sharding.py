@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepladder.distributed.peers import collective
+
 
 def is_distributed(tensor: Any) -> bool:
     """Whether a tensor is a DTensor."""
@@ -81,11 +83,13 @@ def settled(grad: Any, param: Any) -> Tensor:
     """A distributed gradient that lies as its parameter does, in plain memory; mostly the gradient itself."""
     from torch.distributed.tensor import DTensor
 
-    if tuple(grad.placements) != tuple(param.placements):
-        grad = grad.redistribute(placements=param.placements)
-    held = local(grad)
-    if is_under_way(grad):
-        held = held.wait()  # type: ignore[attr-defined]
+    held, before, after = local(grad), tuple(grad.placements), tuple(param.placements)
+    if before != after or is_under_way(grad):
+        with collective(f"the redistribution of a gradient from {before} to {after}"):
+            grad = grad.redistribute(placements=after)
+            held = local(grad)
+            if is_under_way(grad):
+                held = held.wait()  # type: ignore[attr-defined]
     held = held.resolve_conj().resolve_neg()
     if held is local(grad):
         result: Tensor = grad
@@ -148,10 +152,8 @@ def over_shards(values: Sequence[Tensor], params: Sequence[Any], largest: bool =
     for (mesh, dims), indices in members.items():
         packed = torch.stack([whole[index] for index in indices])
         for dim in dims:
-            try:
+            with collective(f"the all_reduce of norms over dimension {dim} of {mesh}"):
                 dist.all_reduce(packed, op, group=mesh.get_group(dim))
-            except RuntimeError as error:
-                raise RuntimeError(f"the all_reduce of norms over dimension {dim} of {mesh} failed: {error}") from error
         for index, value in zip(indices, packed, strict=True):
             whole[index] = value
     return whole
@@ -189,6 +191,7 @@ def on_any_rank(flag: bool, params: Iterable[Any]) -> bool:
     for mesh, param in {param.device_mesh: param for param in params if is_distributed(param)}.items():
         value = torch.tensor(float(flag), device=local(param).device)
         for dim in range(mesh.ndim):
-            dist.all_reduce(value, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+            with collective(f"the all_reduce of gradients of a first step with lr=0 over dimension {dim} of {mesh}"):
+                dist.all_reduce(value, dist.ReduceOp.MAX, group=mesh.get_group(dim))
         flag = bool(value)
     return flag
