@@ -281,7 +281,7 @@ def test_every_process_measures_every_case(measured):
         assert all(len(turns) >= 3 for turns in case["contenders"][OURS]["ms"])
     assert written["ceilings"]["gb_per_s"] > 0
     rows = (measured / "out.csv").read_text().splitlines()
-    assert len(rows) == 1 + 3 + 2
+    assert len(rows) == 1 + 3 + 3
     assert (measured / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -321,7 +321,7 @@ def test_page_renders(measured, browser, tmp_path):
         "Machine",
     ]
     (table,) = browser.driver.find_elements("css selector", "#tables ~ .scroll table")
-    assert len(table.find_elements("css selector", "tbody tr")) == 5
+    assert len(table.find_elements("css selector", "tbody tr")) == 6
     # On paper, plots are narrowed to the page and widened again.
     browser.run("dispatchEvent(new Event('beforeprint'))")
     widths = "return [...document.querySelectorAll('.js-plotly-plot .main-svg')].map(svg => svg.clientWidth)"
