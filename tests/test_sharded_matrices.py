@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch_cases import has_grad_dtype
 
 import stepladder as sl
-from stepladder.distributed import assignment, costs
+from stepladder.distributed import assignment, costs, peers
 
 
 def mesh_of(kind: str) -> DeviceMesh:
@@ -106,7 +107,7 @@ def step_with_wider_gradients(name: str) -> bool:
     return same(alone, whole(shards))
 
 
-@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch lets gradients have no other dtype")
+@has_grad_dtype
 @pytest.mark.parametrize("name", ["muon", "soap"])
 def test_gradients_in_a_wider_dtype(pools: ProcessPools, name: str):
     assert all(pools(2).run(step_with_wider_gradients, name))
@@ -261,6 +262,33 @@ def test_the_traffic_is_what_the_documents_say(pools: ProcessPools, size: int):
                 assert computed == costs.Traffic(1 + calls["all-to-all"], everywhere, buckets)
 
 
+def calls_of_a_first_step(count: int) -> Counter[str]:
+    calls: Counter[str] = Counter()
+    mesh = mesh_of("row")
+    params = [nn.Parameter(spread(torch.ones(6, 4), mesh)) for _ in range(count)]
+    optimizer = sl.MuonH(params)
+    for p in params:
+        p.grad = spread(torch.eye(6, 4), mesh)
+    with pytest.MonkeyPatch.context() as monkey:
+        for owner, name in [(dist, "all_to_all_single"), (peers, "_all_gather")]:
+            run = getattr(owner, name)
+
+            def counted(*arguments: Any, run: Any = run, name: str = name, **options: Any) -> Any:
+                calls[name] += 1
+                return run(*arguments, **options)
+
+            monkey.setattr(owner, name, counted)
+        for name in ("all_reduce", "broadcast", "all_gather", "reduce_scatter_tensor"):
+            monkey.delattr(dist, name)
+        optimizer.step()
+    return calls
+
+
+def test_a_first_step_looks_at_all_matrices_together(pools: ProcessPools):
+    for count in (1, 12):
+        assert pools(3).run(calls_of_a_first_step, count) == [{"all_to_all_single": 3, "_all_gather": 2}] * 3
+
+
 def train_fully_sharded(optimizer_class: Any) -> list[bool]:
     """A model under fully_shard, saved and loaded by torch.distributed.checkpoint's functions, beside one alone."""
     mesh = mesh_of("row")
@@ -385,8 +413,9 @@ def refusals() -> dict[str, str]:
         p.grad = torch.ones_like(p)
     try:
         optimizer.step()
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         assert same(whole(params), [w, zero])
+        assert not optimizer._owners.owners  # type: ignore[union-attr]
         found["zero"] = str(error)
     for optimizer_class in (sl.Muon, sl.Shampoo, sl.SOAP):
         optimizer_class([good], mesh=row)
@@ -394,7 +423,11 @@ def refusals() -> dict[str, str]:
 
 
 def test_layouts_that_cannot_be_served_are_refused_at_once(pools: ProcessPools):
-    for found in pools(4).run(refusals):
+    everywhere = pools(4).run(refusals)
+    zero = [found["zero"] for found in everywhere]
+    (owner,) = (rank for rank, text in enumerate(zero) if "parameter 1 has a matrix of norm 0.0, which MuonH" in text)
+    assert [f"rank {owner} refused its step" in text for text in zero] == [rank != owner for rank in range(4)]
+    for found in everywhere:
         assert (
             "parameter 0 (head.weight) has placements (Shard(dim=0), Shard(dim=1)) on DeviceMesh" in found["two shards"]
         )
@@ -408,4 +441,3 @@ def test_layouts_that_cannot_be_served_are_refused_at_once(pools: ProcessPools):
         assert "parameter 1 is a DTensor beside plain tensors" in found["plain long before"]
         assert "expected no process_group" in found["shampoo"]
         assert "parameter 0 has placements (Shard(dim=0), Shard(dim=1))" in found["soap"]
-        assert "parameter 1 has a matrix of norm 0.0, which MuonH would keep" in found["zero"]

@@ -143,7 +143,7 @@ class Owners(ABC):
             fates: The latter, of parameters that may be given owners.
             setting: What else is to be alike on all ranks.
         """
-        key = tuple(id(param) for group in groups for param in group["params"]), len(self.owners)
+        key = setting, tuple(id(param) for group in groups for param in group["params"]), len(self.owners)
         if self._digest[0] != key:
             expected = fates()
             lines = [setting]

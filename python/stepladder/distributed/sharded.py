@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,8 +154,7 @@ class Sharded(Owners):
             params: With gradients that lie as they do, and owners; the same on all ranks.
             work: Steps whole parameters, by their index; they have whole gradients.
         """
-        owners = [self.owners[param] for param in params]
-        parts = buckets([param.numel() * param.element_size() for param in params], owners, self.peers.size)
+        parts = self._buckets(params)
         ahead = [self._gather(params, bucket, number, len(parts)) for number, bucket in enumerate(parts[:1])]
         returning: list[Callable[[], None]] = []
         for number, bucket in enumerate(parts):
@@ -170,6 +169,19 @@ class Sharded(Owners):
             returning.append(self._scatter(params, bucket, whole, number, len(parts)))
         for last in returning:
             last()
+
+    def gathered(self, params: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+        """Bucket by bucket, what this rank owns of parameters as `step` takes them: whole, by index.
+
+        All ranks have to go to the end.
+        """
+        parts = self._buckets(params)
+        for number, bucket in enumerate(parts):
+            yield self._gather(params, bucket, number, len(parts))()
+
+    def _buckets(self, params: Sequence[Tensor]) -> list[list[int]]:
+        owners = [self.owners[param] for param in params]
+        return buckets([param.numel() * param.element_size() for param in params], owners, self.peers.size)
 
     def _cut(self, param: Any) -> Cut:
         return Cut(param.shape, param.placements[self.mesh_dim].dim, self.peers.size)

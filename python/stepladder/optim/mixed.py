@@ -489,24 +489,33 @@ class MixedEngine(Engine):
                 break
         if skip:
             return None
-        if self.family.checks_start and isinstance(owners, Sharded):
-            self._check_new_shards(optimizer, owners)
-        matrices = [group for group in optimizer.param_groups if self.family.of(group) is self.family]
-        give_owners(owners, self.family, [(param, group) for param, group, *_ in tasks], matrices)
+        new = [task for task in tasks if task[0] not in owners.owners]
+        if new:
+            matrices = [group for group in optimizer.param_groups if self.family.of(group) is self.family]
+            with owners.undone_by_errors():
+                give_owners(owners, self.family, [(param, group) for param, group, *_ in new], matrices)
+                if self.family.checks_start and isinstance(owners, Sharded):
+                    owners.agree(params, structure, False, self._refusal(optimizer, owners, new))
         return tasks
 
-    def _check_new_shards(self, optimizer: torch.optim.Optimizer, owners: Owners) -> None:
-        """Check what sharded matrices hold before their first step: whole, and on all ranks alike."""
-        first = 0
+    def _refusal(self, optimizer: torch.optim.Optimizer, owners: Sharded, new: list[Task]) -> ValueError | None:
+        """What is wrong with whole matrices that this rank is about to step first, and no other can tell."""
+        names: dict[Tensor, str] = {}
         for group in optimizer.param_groups:
-            for position, param in enumerate(group["params"]):
-                if self.family.of(group) is not self.family or param.grad is None or param in owners.owners:
-                    continue
-                where = describe_parameter(first + position, group, position)
-                with collective(f"{self.family.__name__}'s all-gather of {where}"):
-                    whole = param.detach().full_tensor()
-                self.family.check_start(whole, group, where)
-            first += len(group["params"])
+            first = len(names)
+            names |= {p: describe_parameter(first + i, group, i) for i, p in enumerate(group["params"])}
+        for param, *_ in new:
+            param.grad = settled(param.grad, param)
+        refusal: ValueError | None = None
+        for whole in owners.gathered([param for param, *_ in new]):
+            for index, value in whole.items():
+                param, group, *_ = new[index]
+                try:
+                    self.family.check_start(value, group, names[param])
+                except ValueError as error:
+                    # The others take part in what is still to be gathered.
+                    refusal = refusal or error
+        return refusal
 
     def _fates(self, optimizer: torch.optim.Optimizer, owners: Owners) -> dict[Tensor, object]:
         """Of matrices without an owner, all that one is chosen by."""

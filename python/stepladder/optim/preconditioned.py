@@ -108,14 +108,14 @@ def pack_into(target: Tensor, matrix: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def phases(costs: tuple[float, ...], frequency: int) -> list[int]:
+def phases(costs: tuple[float, ...], frequency: int) -> tuple[int, ...]:
     """A step in [0, frequency) for each piece of work, so that every step has about the same of it.
 
     Pieces of one cost that follow each other, as of one parameter, are given to steps that do.
     """
     # No more steps than pieces, which are then spread.
     steps = min(frequency, len(costs))
-    return [step * frequency // steps for step in assign(costs, [0.0] * steps)]
+    return tuple(step * frequency // steps for step in assign(costs, [0.0] * steps))
 
 
 @dataclass(slots=True)
