@@ -160,9 +160,7 @@ class Pair:
         if isinstance(self.theirs, torch.optim.Adagrad) and not ADAGRAD_MAKES_STATES:
             graded = [q for q in self.q if q.grad is not None]
             if any("sum" not in self.theirs.state.get(q, {}) for q in graded):
-                pytest.skip(
-                    "this torch's Adagrad cannot step what came, or lost its state, after it was made"
-                )
+                pytest.skip("this torch's Adagrad cannot step what came, or lost its state, after it was made")
         self.theirs.step()
 
     def run(self, steps: int, seed: int = 1) -> None:
