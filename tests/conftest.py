@@ -22,6 +22,10 @@ from stepladder.optim import engine, mixed
 
 ROOT = Path(__file__).parents[1]
 
+# Triton's decorator looks here, and what imports Triton may be any test's module, as torch's own optimizers do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def _deterministic():

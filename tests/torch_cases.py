@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -119,6 +120,7 @@ def copy_of(x: Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(memory.copy_(x.detach()))
 
 
+@functools.cache
 def adagrad_makes_states() -> bool:
     """Whether torch's makes them in its step, and not when it is constructed alone."""
     optimizer = torch.optim.Adagrad([torch.nn.Parameter(torch.ones(1))])
@@ -130,9 +132,6 @@ def adagrad_makes_states() -> bool:
     except KeyError:
         return False
     return True
-
-
-ADAGRAD_MAKES_STATES = adagrad_makes_states()
 
 
 class Pair:
@@ -157,7 +156,7 @@ class Pair:
     def step(self, gradients: Iterable[Tensor | None]) -> None:
         self.give(gradients)
         self.ours.step()
-        if isinstance(self.theirs, torch.optim.Adagrad) and not ADAGRAD_MAKES_STATES:
+        if isinstance(self.theirs, torch.optim.Adagrad) and not adagrad_makes_states():
             graded = [q for q in self.q if q.grad is not None]
             if any("sum" not in self.theirs.state.get(q, {}) for q in graded):
                 pytest.skip("this torch's Adagrad cannot step what came, or lost its state, after it was made")

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
 from stepladder import backends, ops
 from stepladder.optim import engine
-
-# Before Triton is first imported: its decorator looks here.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def use_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
