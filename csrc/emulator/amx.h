@@ -75,5 +75,6 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _tile_release() ::stepladder::emulator::tile_release()
 #define _tile_zero(tile) ::stepladder::emulator::tile_zero(tile)
 #define _tile_loadd(tile, from, stride) ::stepladder::emulator::tile_loadd(tile, from, stride)
+#define _tile_stream_loadd(tile, from, stride) _tile_loadd(tile, from, stride)
 #define _tile_stored(tile, to, stride) ::stepladder::emulator::tile_stored(tile, to, stride)
 #define _tile_dpbf16ps(c, a, b) ::stepladder::emulator::tile_dpbf16ps(c, a, b)

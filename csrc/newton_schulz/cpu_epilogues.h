@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <new>
 
 #include "newton_schulz/cpu_memory.h"
 
@@ -16,10 +17,27 @@ inline char* tile(char* base, int64_t strip, int64_t k, int64_t strip_tiles) {
 
 // The tile whose rows are another's columns of pairs.
 void turn_tile(const char* from, char* to) {
-  __m512i v[16];
-  for (int r = 0; r < 16; ++r) v[r] = _mm512_load_si512(from + r * 64);
-  transpose_lanes(v);
-  for (int r = 0; r < 16; ++r) _mm512_store_si512(to + r * 64, v[r]);
+  const auto lane = [&](int r, int c) {
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(from + r * 64 + c * 16));
+  };
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    __m512i z[4];
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) {
+      z[t] = _mm512_castsi128_si512(lane(t, c));
+      z[t] = _mm512_inserti32x4(z[t], lane(4 + t, c), 1);
+      z[t] = _mm512_inserti32x4(z[t], lane(8 + t, c), 2);
+      z[t] = _mm512_inserti32x4(z[t], lane(12 + t, c), 3);
+    }
+    const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpackhi_epi32(z[0], z[1]);
+    const __m512i d = _mm512_unpacklo_epi32(z[2], z[3]), e = _mm512_unpackhi_epi32(z[2], z[3]);
+    char* const at = to + c * 256;
+    _mm512_store_si512(at, _mm512_unpacklo_epi64(a, d));
+    _mm512_store_si512(at + 64, _mm512_unpackhi_epi64(a, d));
+    _mm512_store_si512(at + 128, _mm512_unpacklo_epi64(b, e));
+    _mm512_store_si512(at + 192, _mm512_unpackhi_epi64(b, e));
+  }
 }
 
 // Pairs of rows that a piece does, unrolled, so that it takes about as long as the products that it is done beside.
@@ -89,7 +107,7 @@ struct XTiles {
   }
 };
 
-// X ← acc·c + add·X, where c lacks what the diagonal of the left operand gives.
+// X ← acc·c + add·X, where c lacks what the diagonal of the left operand gives; times the scale that X lacks.
 struct NextX {
   const Work* work;
   const char* x[2];  // the block's tiles of X, pairs of rows
@@ -98,15 +116,18 @@ struct NextX {
   alignas(64) float factors[kBlock];  // of X's rows
   float acc;
   int i, j;
-  bool last;
+  bool last, scaled;
 
   NextX() = default;
   NextX(const Work& w, const Step& step, int row, int col, float* block, float* spare)
-      : work(&w), c(block), other(spare), acc(step.acc), i(row), j(col), last(step.last) {
+      : work(&w), c(block), other(spare), i(row), j(col), last(step.last) {
+    const float scale = step.unscaled ? w.scale : 1.0f;
+    acc = step.acc * scale;
+    scaled = acc != 1.0f;
     const Operands& o = w.operands;
     if (!last) to = XTiles(w, i, j, step.parity ^ 1);
     for (int h = 0; h < 2; ++h) x[h] = tile(o.across[step.parity], 2 * j + h, i, w.program->m_blocks);
-    const __m512 a = _mm512_set1_ps(step.acc), b = _mm512_set1_ps(step.add);
+    const __m512 a = _mm512_set1_ps(acc), b = _mm512_set1_ps(step.add * scale);
     for (int h = 0; h < 2; ++h)
       _mm512_store_ps(factors + 16 * h,
                       _mm512_fmadd_ps(a, _mm512_loadu_ps(o.diagonal[step.left] + i * kBlock + 16 * h), b));
@@ -114,11 +135,14 @@ struct NextX {
   int pieces() const { return kRowPieces + last; }
   void piece(int number) const {
     if (number == kRowPieces) return finish(*work, int64_t{i} * kBlock, int64_t{j} * kBlock, c, other);
-    last ? add<true>(number) : add<false>(number);
+    if (scaled)
+      last ? add<true, true>(number) : add<false, true>(number);
+    else
+      last ? add<true, false>(number) : add<false, false>(number);
   }
 
  private:
-  template <bool kLast>
+  template <bool kLast, bool kScaled>
   void add(unsigned number) const {
     const __m512 scale = _mm512_set1_ps(acc);
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
@@ -131,8 +155,8 @@ struct NextX {
         const __m512i pairs = _mm512_load_si512(x[h] + p * 64);
         const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
         const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, high));
-        rows.v[0][h] = _mm512_fmadd_ps(f, even, _mm512_mul_ps(scale, rows.v[0][h]));
-        rows.v[1][h] = _mm512_fmadd_ps(g, odd, _mm512_mul_ps(scale, rows.v[1][h]));
+        rows.v[0][h] = _mm512_fmadd_ps(f, even, kScaled ? _mm512_mul_ps(scale, rows.v[0][h]) : rows.v[0][h]);
+        rows.v[1][h] = _mm512_fmadd_ps(g, odd, kScaled ? _mm512_mul_ps(scale, rows.v[1][h]) : rows.v[1][h]);
       }
       kLast ? rows.store(c, p) : to.store(rows, p);
     }
@@ -140,9 +164,10 @@ struct NextX {
 };
 
 // A block of a symmetric matrix and its mirror image ← acc·c + add·S, where c lacks what the diagonals of its operands
-// give; of XXᵀ ← c.
+// give; of XXᵀ ← c, times the square of the scale that X lacks.
 struct NextSymmetric {
-  enum class Terms { none, same, any };  // of the diagonals: of one matrix that is left, right and added, or of three
+  // What is added: of one matrix that is left, right and added, or of three.
+  enum class Terms { none, scale, same, any };
 
   const Work* work;
   const Step* step;
@@ -160,7 +185,9 @@ struct NextSymmetric {
       : work(&w), step(&s), c(block), i(row), j(col) {
     const Operands& o = w.operands;
     const int mb = w.program->m_blocks;
-    terms = s.phase == Phase::gram ? Terms::none : s.left == s.right && s.left == s.added ? Terms::same : Terms::any;
+    terms = s.phase != Phase::gram ? (s.left == s.right && s.left == s.added ? Terms::same : Terms::any)
+            : s.unscaled           ? Terms::scale
+                                   : Terms::none;
     for (int h = 0; h < 2; ++h) {
       for (int b = 0; b < buffers(); ++b) {
         const int to = b == 0 ? s.to : s.also;
@@ -185,6 +212,7 @@ struct NextSymmetric {
     if (number >= kRowPieces) return mirror(number - kRowPieces);
     switch (terms) {
       case Terms::none: i == j ? add<Terms::none, true>(number) : add<Terms::none, false>(number); break;
+      case Terms::scale: i == j ? add<Terms::scale, true>(number) : add<Terms::scale, false>(number); break;
       case Terms::same: i == j ? add<Terms::same, true>(number) : add<Terms::same, false>(number); break;
       case Terms::any: add<Terms::any, false>(number); break;
     }
@@ -214,6 +242,12 @@ struct NextSymmetric {
   template <Terms kTerms>
   void add_terms(Rows& rows, unsigned p) const {
     if (kTerms == Terms::none) return;
+    if (kTerms == Terms::scale) {
+      const __m512 square = _mm512_set1_ps(work->scale * work->scale);
+      for (auto& row : rows.v)
+        for (__m512& v : row) v = _mm512_mul_ps(v, square);
+      return;
+    }
     const __m512 acc = _mm512_set1_ps(step->acc), add = _mm512_set1_ps(step->add);
     for (int s = 0; s < 2; ++s) {
       const unsigned r = 2 * p + s;
@@ -283,8 +317,10 @@ class Pending {
   void advance(int depth) {
     for (credit_ += total_; credit_ >= depth && done_ < total_; credit_ -= depth) epilogue_.piece(done_++);
   }
-  void begin(const Epilogue& epilogue) {
-    epilogue_ = epilogue;
+  // Made in place: a copy would read what was just written in smaller pieces, and wait for every store before it.
+  template <class Make>
+  void begin(Make make) {
+    new (&epilogue_) Epilogue(make());
     total_ = epilogue_.pieces();
     done_ = credit_ = 0;
   }

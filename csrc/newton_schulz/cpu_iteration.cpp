@@ -15,11 +15,15 @@ namespace stepladder::newton_schulz {
 
 namespace {
 
+// More of results than this goes past the caches.
+constexpr double kCachedBytes = 4e6;
 // Of all matrices under way; a larger matrix is worked on alone.
 constexpr size_t kWorkspaceBytes = size_t{1} << 30;
 constexpr int kSpins = 256;
 // Below this a further thread costs more than it gains.
 constexpr double kFlopsPerThread = 2e7;
+// Of X where its products are scaled afterwards: squares of elements far smaller than the norm are normal numbers.
+constexpr double kLeastNorm = 0x1p-40, kGreatestNorm = 0x1p40;
 
 int64_t symmetric_bytes(const Program& p) { return int64_t{2} * p.m_blocks * p.m_blocks * kTileBytes; }
 int64_t x_bytes(const Program& p) { return int64_t{2} * p.m_blocks * p.n_blocks * kTileBytes; }
@@ -50,8 +54,11 @@ Operands place(const Program& p, char* memory) {
   return o;
 }
 
-// Two factors, as their product need not be a normal number where X's elements are near the ends of the range.
-void set_scales(Work& work) {
+// What X is normalised by. Returns whether X is in tiles already.
+//
+// Packing takes two factors, as their product need not be a normal number where X's elements are near the ends of the
+// range. Where it is done again they are powers of two, so that elements are rounded as they were before.
+bool set_scales(Work& work) {
   const Step& norms = work.program->steps[0];
   double sum = 0.0;
   for (int task = 0; task < norms.tasks; ++task) sum += work.operands.partials[task];
@@ -60,9 +67,15 @@ void set_scales(Work& work) {
   double scale = 1.0 / (std::max(norm, options.eps) * options.divisor);
   if (norm == 0.0) scale = 0.0;
   if (!std::isfinite(norm)) scale = std::nan("");
-  const double power = scale > 0.0 ? std::ldexp(1.0, std::ilogb(scale) / 2) : 1.0;
+  const int exponent = scale > 0.0 ? std::ilogb(scale) : 0;
+  const double power = std::ldexp(1.0, exponent / 2);
   work.scales[0] = static_cast<float>(power);
   work.scales[1] = static_cast<float>(scale / power);
+  if (!work.program->packs_at_once) return false;
+  const bool in_range = norm >= kLeastNorm && norm <= kGreatestNorm;
+  work.scales[1] = static_cast<float>(std::ldexp(1.0, exponent - exponent / 2));
+  work.scale = static_cast<float>(in_range ? scale : scale / std::ldexp(1.0, exponent));
+  return in_range;
 }
 
 // A place for one matrix at a time. Threads claim tasks of its current step by number; who finishes the last one
@@ -106,10 +119,15 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
     if (jobs[i].rows > 0 && jobs[i].cols > 0) order.push_back(static_cast<int>(i));
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost(jobs[a]) > cost(jobs[b]); });
 
-  double flops = 0.0;
-  for (int i : order) flops += 6.0 * cost(jobs[i]);
+  double flops = 0.0, result_bytes = 0.0;
+  for (int i : order) {
+    flops += 6.0 * cost(jobs[i]);
+    result_bytes += 4.0 * static_cast<double>(jobs[i].rows) * static_cast<double>(jobs[i].cols);
+  }
   threads = static_cast<int>(std::max(1.0, std::min<double>(threads, flops / kFlopsPerThread)));
-  const int sharing = order.size() >= static_cast<size_t>(threads) ? 1 : threads;
+  const int apart = static_cast<int>(std::min<size_t>(order.size(), static_cast<size_t>(threads)));
+  threads = std::max(apart, static_cast<int>(std::min<double>(threads, flops / engine.least_shared_flops)));
+  const int sharing = apart == threads ? 1 : threads;
 
   struct Known {
     const Options* options;
@@ -165,6 +183,7 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
     work.in = tall ? job.in.transposed() : job.in;
     work.out = tall ? job.out.transposed() : job.out;
     work.buffer = tall ? job.muon.buffer.transposed() : job.muon.buffer;
+    work.past_caches = result_bytes > kCachedBytes;
     slot.done.store(0, std::memory_order_relaxed);
     slot.open.store(true, std::memory_order_relaxed);
     slot.begin(0);
@@ -179,7 +198,7 @@ void CpuIteration::run(const std::vector<Job>& jobs, const Engine& engine, int t
     const std::vector<Step>& steps = slot.work.program->steps;
     engine.run(slot.work, steps[index], task, scratch);
     if (slot.done.fetch_add(1, std::memory_order_acq_rel) + 1 < steps[index].tasks) return true;
-    if (steps[index].phase == Phase::norm) set_scales(slot.work);
+    if (steps[index].phase == Phase::norm && set_scales(slot.work)) ++index;
     slot.done.store(0, std::memory_order_relaxed);
     if (index + 1 < steps.size()) {
       slot.begin(index + 1);

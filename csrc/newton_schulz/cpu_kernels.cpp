@@ -16,36 +16,40 @@ namespace {
 struct Scratch {
   float* c;               // kMacro² blocks
   float *first, *second;  // blocks to read and write memory through
-  char *panels, *tiles;   // two panels; two tiles
+  char *panel, *tiles;    // of two strips; two tiles
 
   explicit Scratch(char* memory)
       : c(reinterpret_cast<float*>(memory)),
         first(c + kMacro * kMacro * kBlockFloats),
         second(first + kBlockFloats),
-        panels(reinterpret_cast<char*>(second + kBlockFloats)),
-        tiles(panels + 4 * kPanelDepth * kTileBytes) {}
+        panel(reinterpret_cast<char*>(second + kBlockFloats)),
+        tiles(panel + 2 * kPanelDepth * kTileBytes) {}
 };
+
+void store_x(const Work& work, int i, int j, const float* c) {
+  const XTiles to(work, i, j, 0);
+  for (int p = 0; p < kBlock / 2; ++p) to.store(Rows::load(c, p), p);
+}
 
 void norm(const Work& work, int task, float* c, float* other) {
   const Program& program = *work.program;
   const Range rows = macro_range(task / program.pack_columns(), kPackRows, program.m_blocks);
   const Range cols = macro_range(task % program.pack_columns(), kPackCols, program.n_blocks);
-  __m512d sum = _mm512_setzero_pd();
+  __m512d sums[4] = {};
   for (int i = rows.begin; i < rows.end; ++i) {
     for (int j = cols.begin; j < cols.end; ++j) {
       read_update(work, int64_t{i} * kBlock, int64_t{j} * kBlock, true, c, other);
-      for (int k = 0; k < kBlockFloats; k += 8) {
-        const __m512d x = _mm512_cvtps_pd(_mm256_load_ps(c + k));
-        sum = _mm512_fmadd_pd(x, x, sum);
+      for (int k = 0; k < kBlockFloats; k += 32) {
+        for (int s = 0; s < 4; ++s) {
+          const __m512d x = _mm512_cvtps_pd(_mm256_load_ps(c + k + 8 * s));
+          sums[s] = _mm512_fmadd_pd(x, x, sums[s]);
+        }
       }
+      if (program.packs_at_once) store_x(work, i, j, c);
     }
   }
-  work.operands.partials[task] = _mm512_reduce_add_pd(sum);
-}
-
-void store_x(const Work& work, int i, int j, const float* c) {
-  const XTiles to(work, i, j, 0);
-  for (int p = 0; p < kBlock / 2; ++p) to.store(Rows::load(c, p), p);
+  work.operands.partials[task] =
+      _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sums[0], sums[1]), _mm512_add_pd(sums[2], sums[3])));
 }
 
 void pack(const Work& work, bool scaled_rows, int task, float* c, float* other) {
@@ -107,7 +111,7 @@ void symmetric(const Work& work, const Step& step, int task, const Scratch& scra
   const Range cols = macro_range(task + distance, program.macro, program.m_blocks);
   const bool gram = step.phase == Phase::gram;
   multiply_macro(gram ? o.left : o.symmetric[step.left], gram ? o.left : o.symmetric[step.right],
-                 gram ? program.n_blocks : program.m_blocks, rows, cols, distance == 0, true, scratch.c, scratch.panels,
+                 gram ? program.n_blocks : program.m_blocks, rows, cols, distance == 0, true, scratch.c, scratch.panel,
                  [&](int i, int j, float* block) { return NextSymmetric(work, step, i, j, block, scratch.tiles); });
 }
 
@@ -117,7 +121,7 @@ void multiply(const Work& work, const Step& step, int task, const Scratch& scrat
   const Range rows = macro_range(task % program.m_macros(), program.macro, program.m_blocks);
   const Range cols = macro_range(task / program.m_macros(), program.macro, program.n_blocks);
   multiply_macro(o.symmetric[step.left], o.across[step.parity], program.m_blocks, rows, cols, false, false, scratch.c,
-                 scratch.panels,
+                 scratch.panel,
                  [&](int i, int j, float* block) { return NextX(work, step, i, j, block, scratch.first); });
 }
 
@@ -139,7 +143,7 @@ void run(const Work& work, const Step& step, int task, char* memory) {
 extern const Engine engine;
 #define SL_STRINGIFY_(x) #x
 #define SL_STRINGIFY(x) SL_STRINGIFY_(x)
-const Engine engine = {SL_STRINGIFY(SL_UNIT), enter, leave, run};
+const Engine engine = {SL_STRINGIFY(SL_UNIT), kLeastSharedFlops, enter, leave, run};
 
 }  // namespace SL_UNIT
 }  // namespace stepladder::newton_schulz

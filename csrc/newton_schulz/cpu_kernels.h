@@ -20,7 +20,7 @@
 namespace stepladder::newton_schulz {
 
 constexpr int kTileBytes = 1024;
-constexpr int kPanelDepth = 8;  // tiles along k of a panel of two strips
+constexpr int kPanelDepth = 16;  // tiles along k of a panel of two strips
 
 // The operands of one matrix in its workspace.
 struct Operands {
@@ -39,12 +39,16 @@ struct Work {
   const Program* program = nullptr;
   Operands operands;
   int64_t m = 0, n = 0;
-  View in, out, buffer;  // seen as m×n
-  float scales[2] = {};  // whose product normalises X
+  View in, out, buffer;      // seen as m×n
+  float scales[2] = {};      // what packing multiplies X by
+  float scale = 1.0f;        // what X's tiles lack then
+  bool past_caches = false;  // all results together would push everything else out of the caches
 };
 
 struct Engine {
   const char* name;
+  // Of a thread that shares a matrix with others: with fewer operations it costs more than it gains.
+  double least_shared_flops;
   // Around a thread's tasks.
   void (*enter)();
   void (*leave)();
@@ -52,10 +56,10 @@ struct Engine {
   void (*run)(const Work& work, const Step& step, int task, char* scratch);
 };
 
-// Blocks of a task's product in fp32, two more to read and write memory through, two panels of its right operand, and
-// two tiles.
+// Blocks of a task's product in fp32, two more to read and write memory through, a panel of its right operand, and two
+// tiles.
 constexpr size_t kScratchBytes =
-    (kMacro * kMacro + 2) * kBlock * kBlock * sizeof(float) + (2 * 2 * kPanelDepth + 2) * kTileBytes;
+    (kMacro * kMacro + 2) * kBlock * kBlock * sizeof(float) + (2 * kPanelDepth + 2) * kTileBytes;
 
 // The fastest engine that was compiled in and runs here, or the one of that name; null where there is none.
 const Engine* cpu_engine(const char* name);

@@ -5,13 +5,15 @@
 // time, into a panel that stays in the first cache while all rows pass over it.
 #pragma once
 
+#include <optional>
+
 #include "newton_schulz/cpu_epilogues.h"
 
 namespace stepladder::newton_schulz {
 namespace SL_UNIT {
 namespace {
 
-constexpr int kPassDepth = 64;  // of a pass, whose operands stay in the second cache
+constexpr int kPassPanels = 4;  // of a pass, whose operands stay in the second cache
 
 struct Range {
   int begin, end;
@@ -27,98 +29,112 @@ struct Panel {
   int deep;
 };
 
-// Makes the next panel in the time of the products with this one.
+// Turns tiles into the panel, each after the last product with what lies in its place and before the first product with
+// it: so there is one panel, which never leaves the first cache.
 class Turning {
  public:
-  void begin(const Panel& from, char* to, int steps) {
+  // What the panel will hold. Tiles are turned in the order in which products read them.
+  void begin(const Panel& from, char* to) {
     from_ = from;
     to_ = to;
-    total_ = 2 * from.deep;
-    done_ = credit_ = 0;
-    steps_ = steps;
+    done_ = 0;
   }
-  void advance() {
-    for (credit_ += total_; credit_ >= steps_ && done_ < total_; credit_ -= steps_) turn();
+  // Tiles up to the k-th ones are about to be read.
+  void before(int k) {
+    while (done_ < 2 * std::min(k + 2, from_.deep)) turn();
   }
-  void finish() {
-    while (done_ < total_) turn();
+  // The k-th tiles were read for the last time.
+  void after(int k) {
+    if (done_ < 2 * std::min(k + 1, from_.deep)) turn();
   }
 
  private:
   void turn() {
-    const bool first = done_ < from_.deep;
-    const int k = first ? done_ : done_ - from_.deep;
-    turn_tile((first ? from_.strip0 : from_.strip1) + k * kTileBytes,
-              to_ + ((first ? 0 : kPanelDepth) + k) * kTileBytes);
+    const int k = done_ / 2, strip = done_ % 2;
+    // The compiler does not know that tiles are loaded from the panel.
+    asm volatile("" ::: "memory");
+    turn_tile((strip == 0 ? from_.strip0 : from_.strip1) + k * kTileBytes,
+              to_ + (strip * kPanelDepth + k) * kTileBytes);
+    asm volatile("" ::: "memory");
     ++done_;
   }
 
   Panel from_{};
   char* to_ = nullptr;
-  int total_ = 0, done_ = 0, credit_ = 0, steps_ = 1;
+  int done_ = 0;
 };
 
 template <class Epilogue>
 struct Meanwhile {
-  Pending<Epilogue> before;
+  Pending<Epilogue> pending;
   Turning turning;
+  bool first = false, last = false;  // of the blocks that read a panel
 
-  void advance(int depth) {
-    before.advance(depth);
-    turning.advance();
+  void before_step(int k) {
+    if (first) turning.before(k);
+  }
+  void advance(int depth) { pending.advance(depth); }
+  void after_step(int k) {
+    if (last) turning.after(k);
   }
 };
 
 // Blocks of left·right over [rows) × [cols); with `upper`, those on and above the diagonal. `turned`: the right operand
-// is given by its rows. `epilogue(i, j, c)` is what becomes of a block. `c`: kMacro² blocks; `panels`: two of them.
+// is given by its rows. `epilogue(i, j, c)` is what becomes of a block. `c`: kMacro² blocks; `panel`: kPanelDepth tiles
+// of two strips.
 template <class Make>
 void multiply_macro(const char* left, const char* right, int depth, Range rows, Range cols, bool upper, bool turned,
-                    float* c, char* panels, Make epilogue) {
-  constexpr int kPanelBytes = 2 * kPanelDepth * kTileBytes;
+                    float* c, char* panel, Make epilogue) {
+  // As equal as they can be: each begins and ends with products that wait for one another.
+  const int num_panels = (depth + kPanelDepth - 1) / kPanelDepth;
+  const int panel_depth = (depth + num_panels - 1) / num_panels, pass_depth = kPassPanels * panel_depth;
   const int64_t strip = int64_t{depth} * kTileBytes;
   const auto panel_at = [&](int j, int k) {
     const char* const at = right + 2 * j * strip + int64_t{k} * kTileBytes;
-    return Panel{at, at + strip, std::min(kPanelDepth, depth - k)};
+    return Panel{at, at + strip, std::min(panel_depth, depth - k)};
   };
   const auto last_row = [&](int j) { return upper ? std::min(rows.end, j + 1) : rows.end; };
   Meanwhile<decltype(epilogue(0, 0, c))> meanwhile;
-  int turn = 0, blocks = 0;
-  if (turned) {
-    meanwhile.turning.begin(panel_at(cols.begin, 0), panels, 1);
-    meanwhile.turning.finish();
-  }
-  for (int pass = 0; pass < depth; pass += kPassDepth) {
-    const int pass_end = std::min(pass + kPassDepth, depth);
+  if (turned) meanwhile.turning.begin(panel_at(cols.begin, 0), panel);
+  for (int pass = 0; pass < depth; pass += pass_depth) {
+    const int pass_end = std::min(pass + pass_depth, depth);
     for (int j = cols.begin; j < cols.end; ++j) {
-      for (int k = pass; k < pass_end; k += kPanelDepth, ++turn) {
-        Panel panel = panel_at(j, k);
+      for (int k = pass; k < pass_end; k += panel_depth) {
+        Panel right_panel = panel_at(j, k);
         if (turned) {
-          char* const here = panels + turn % 2 * kPanelBytes;
-          panel.strip0 = here;
-          panel.strip1 = here + kPanelDepth * kTileBytes;
-          const bool same_column = k + kPanelDepth < pass_end, same_pass = same_column || j + 1 < cols.end;
-          if (same_pass || pass_end < depth) {
-            const int next_j = same_column ? j : same_pass ? j + 1 : cols.begin;
-            const int next_k = same_column ? k + kPanelDepth : same_pass ? pass : pass_end;
-            meanwhile.turning.begin(panel_at(next_j, next_k), panels + (turn + 1) % 2 * kPanelBytes,
-                                    (last_row(j) - rows.begin) * panel.deep);
-          }
+          right_panel.strip0 = panel;
+          right_panel.strip1 = panel + kPanelDepth * kTileBytes;
         }
+        std::optional<Panel> next_panel;
+        if (k + panel_depth < pass_end)
+          next_panel = panel_at(j, k + panel_depth);
+        else if (j + 1 < cols.end)
+          next_panel = panel_at(j + 1, pass);
+        else if (pass_end < depth)
+          next_panel = panel_at(cols.begin, pass_end);
         for (int i = rows.begin; i < last_row(j); ++i) {
           const char* const l = left + 2 * i * strip + int64_t{k} * kTileBytes;
-          // As few as there are under way, so that they stay in the first cache.
-          const int place = depth <= kPanelDepth  ? blocks++ % 2
-                            : depth <= kPassDepth ? i - rows.begin
+          meanwhile.first = turned && i == rows.begin;
+          meanwhile.last = turned && i + 1 == last_row(j) && next_panel;
+          if (meanwhile.last) {
+            if (meanwhile.first) meanwhile.turning.before(right_panel.deep);
+            meanwhile.first = false;
+            meanwhile.turning.begin(*next_panel, panel);
+          }
+          // As few as there are under way, so that they stay in the first cache. The epilogue of the block before is
+          // done when this one's sums are stored.
+          const int place = depth <= panel_depth  ? 0
+                            : depth <= pass_depth ? i - rows.begin
                                                   : (j - cols.begin) * kMacro + (i - rows.begin);
           float* const block = c + place * kBlockFloats;
-          multiply_block(block, l, l + strip, panel.strip0, panel.strip1, panel.deep, k > 0, meanwhile);
-          if (k + kPanelDepth >= depth) meanwhile.before.begin(epilogue(i, j, block));
+          multiply_block(block, l, l + strip, right_panel.strip0, right_panel.strip1, right_panel.deep, k > 0,
+                         meanwhile);
+          if (k + panel_depth >= depth) meanwhile.pending.begin([&] { return epilogue(i, j, block); });
         }
-        meanwhile.turning.finish();
       }
     }
   }
-  meanwhile.before.finish();
+  meanwhile.pending.finish();
 }
 
 }  // namespace

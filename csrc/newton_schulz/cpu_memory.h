@@ -19,9 +19,17 @@ inline __m512 load16(DType dtype, const void* data, int64_t at, __mmask16 mask) 
   }
 }
 
-inline void store16(DType dtype, void* data, int64_t at, __mmask16 mask, __m512 value) {
+// `past_caches`: fp32 that nobody reads soon; whole lines of it then go to memory without being read first.
+inline void store16(DType dtype, void* data, int64_t at, __mmask16 mask, __m512 value, bool past_caches) {
   switch (dtype) {
-    case DType::f32: _mm512_mask_storeu_ps(static_cast<float*>(data) + at, mask, value); break;
+    case DType::f32: {
+      float* const to = static_cast<float*>(data) + at;
+      if (past_caches && mask == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+        _mm512_stream_ps(to, value);
+      else
+        _mm512_mask_storeu_ps(to, mask, value);
+      break;
+    }
     case DType::bf16: {
       // The instruction for it flushes subnormal numbers.
       const __m512i bits = _mm512_castps_si512(value);
@@ -96,7 +104,7 @@ void read_block(const View& view, int64_t m, int64_t n, int64_t i, int64_t j, fl
 }
 
 // Overwrites c.
-void write_block(const View& view, int64_t m, int64_t n, int64_t i, int64_t j, float* c) {
+void write_block(const View& view, int64_t m, int64_t n, int64_t i, int64_t j, float* c, bool past_caches = false) {
   const int64_t rows = std::min<int64_t>(kBlock, m - i), cols = std::min<int64_t>(kBlock, n - j);
   const bool across = view.col_stride != 1 && view.row_stride == 1;
   if (view.col_stride != 1 && !across) {
@@ -114,7 +122,8 @@ void write_block(const View& view, int64_t m, int64_t n, int64_t i, int64_t j, f
     for (int h = 0; h < 2; ++h) {
       const __mmask16 mask = first_lanes(length - 16 * h);
       if (mask != 0)
-        store16(view.dtype, view.data, start + r * stride + 16 * h, mask, _mm512_load_ps(c + r * kBlock + h * 16));
+        store16(view.dtype, view.data, start + r * stride + 16 * h, mask, _mm512_load_ps(c + r * kBlock + h * 16),
+                past_caches);
     }
   }
 }
@@ -165,7 +174,7 @@ void finish(const Work& work, int64_t i, int64_t j, float* c, float* other) {
       _mm512_store_ps(c + k, _mm512_sub_ps(w, _mm512_mul_ps(step, _mm512_load_ps(c + k))));
     }
   }
-  write_block(work.out, work.m, work.n, i, j, c);
+  write_block(work.out, work.m, work.n, i, j, c, work.past_caches && !muon.active);
 }
 
 }  // namespace

@@ -17,9 +17,10 @@ Program::Program(int64_t rows, int64_t cols, const Options& options, int threads
     while (macros * (macros + 1) / 2 <= threads && macros < (m_blocks + 1) / 2) ++macros;
     macro = (m_blocks + macros - 1) / macros;
   }
+  small = m_blocks == 1;
+  packs_at_once = !small && !options.aol;
   add({Phase::norm});
   add({Phase::pack});
-  small = m_blocks == 1;
   small ? add({Phase::small}) : add_packed(options);
   SL_CHECK(symmetric <= kMaxSymmetric, symmetric, " symmetric buffers, expected at most ", kMaxSymmetric);
 }
@@ -62,6 +63,7 @@ void Program::add_standard(const Options& options) {
     multiply.add = static_cast<float>(t.a);
     multiply.parity = parity;
     multiply.last = &t == &options.steps.back();
+    gram.unscaled = multiply.unscaled = packs_at_once && &t == &options.steps.front();
     parity ^= 1;
     if (t.c == 0.0) {  // cubic: B = bA
       multiply.left = kGram;
@@ -94,16 +96,19 @@ void Program::add_gram(const Options& options) {
     step.added = added;
     return step;
   };
+  Step gram{Phase::gram};
+  gram.to = kR;
+  gram.unscaled = packs_at_once;
+  add(gram);
   const auto multiply = [&](int q, int parity, bool last) {
     Step step{Phase::multiply};
     step.left = q;
     step.parity = parity;
     step.last = last;
+    step.unscaled = gram.unscaled;
+    gram.unscaled = false;
     add(step);
   };
-  Step gram{Phase::gram};
-  gram.to = kR;
-  add(gram);
   int q = kQ, parity = 0;
   for (size_t k = 0; k < options.steps.size(); ++k) {
     const Triple& t = options.steps[k];

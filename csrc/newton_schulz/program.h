@@ -21,8 +21,8 @@ constexpr int kMaxSymmetric = 5;  // symmetric buffers, those of the Gram form
 constexpr int block_count(int64_t side) { return static_cast<int>((side + kBlock - 1) / kBlock); }
 
 enum class Phase : int32_t {
-  norm,      // momentum; sums of squares
-  pack,      // X from memory, scaled
+  norm,      // momentum; sums of squares; X as it is into tiles, where a program packs at once
+  pack,      // X from memory, scaled, into tiles
   rows,      // sums of the magnitudes of a symmetric matrix's rows
   gram,      // to ← XXᵀ
   product,   // to ← acc·(left·right) + add·S, S symmetric
@@ -38,7 +38,8 @@ struct Step {
   float diagonal = 0.0f;
   bool last = false;  // the result goes to memory
   bool scaled_rows = false;
-  int parity = 0;  // which of Operands' two copies of Xᵀ is read; the other is written
+  bool unscaled = false;  // X's tiles still lack a part of the scale
+  int parity = 0;         // which of Operands' two copies of Xᵀ is read; the other is written
   int tasks = 0;
 };
 
@@ -47,6 +48,9 @@ struct Step {
 struct Program {
   int m_blocks, n_blocks, macro;
   bool small;
+  // The first phase packs X as it is, and the second, which packs it again, is left out unless the norm is so large or
+  // small that the first products would leave the range. The first products are scaled in their epilogues.
+  bool packs_at_once;
   int symmetric = 0;  // buffers
   std::vector<Step> steps;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -117,6 +118,16 @@ def resolve(coefficients: Coefficients | None, steps: int | None) -> Coefficient
         ValueError: An unknown name, no triples, a coefficient that is not finite, a number of steps out of range.
     """
     name = "jordan" if coefficients is None else coefficients
+    return _whole(name) if isinstance(name, str) and steps is None else _resolved(name, steps)
+
+
+# Small matrices are iterated on in less time than this takes.
+@functools.cache
+def _whole(name: str) -> CoefficientSet:
+    return _resolved(name, None)
+
+
+def _resolved(name: Coefficients, steps: int | None) -> CoefficientSet:
     if isinstance(name, str):
         if name not in SETS:
             raise ValueError(f"coefficients={name!r} is unknown, expected one of {', '.join(map(repr, SETS))}, "

@@ -50,7 +50,6 @@ def newton_schulz(
     *,
     backend: str | None = None,
 ) -> list[Tensor]: ...
-@torch.no_grad()
 def newton_schulz(
     X: Tensor | Sequence[Tensor],
     coefficients: Coefficients | None = "jordan",
@@ -206,6 +205,7 @@ def clusters_asked() -> bool:
     return asked == "1"
 
 
+@torch.no_grad()
 def _by_reference(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
     return [iterate(x, chosen, method, eps, x.dtype) for x in given]
 
@@ -219,6 +219,7 @@ def _torch_dtype(chosen: CoefficientSet) -> torch.dtype:
     return torch.bfloat16 if bf16 and chosen.divisor == 1.0 else torch.float32
 
 
+@torch.no_grad()
 def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
     dtype = _torch_dtype(chosen)
     return [iterate(x, chosen, form_for(method, x.shape, TORCH, chosen), eps, dtype) for x in given]
@@ -310,14 +311,17 @@ def run_compiled(matrices: list[Matrix], backend: str, device: torch.device) -> 
 def _compiled(
     given: list[Tensor], chosen: CoefficientSet, method: str, eps: float, backend: str, unit: str
 ) -> list[Tensor]:
-    options = {form: options_of(chosen, eps, form) for form in ("standard", "gram")}
+    options: dict[str, _C.NewtonSchulzOptions] = {}
     given = [x.resolve_neg() for x in given]
     results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
     matrices: list[Matrix] = []
     for x, result in zip(given, results, strict=True):
-        form = options[form_for(method, x.shape, unit, chosen)]
+        form = form_for(method, x.shape, unit, chosen)
+        if form not in options:
+            options[form] = options_of(chosen, eps, form)
+        shared, (rows, columns) = options[form], x.shape[-2:]
         for source, target in zip(views_of(x), views_of(result), strict=True):
-            matrices.append((x.shape[-2], x.shape[-1], source, target, form, None))
+            matrices.append((rows, columns, source, target, shared, None))
     run_compiled(matrices, backend, given[0].device)
     return results
 

@@ -26,7 +26,7 @@ void run(const Work& work, const Step& step, int task, char*) {
   throw std::runtime_error("another");
 }
 
-const Engine engine = {"counted", [] { ++entered; }, [] { ++left; }, run};
+const Engine engine = {"counted", 1.0, [] { ++entered; }, [] { ++left; }, run};
 
 void check(bool holds, const char* what) {
   if (holds) return;
@@ -36,7 +36,8 @@ void check(bool holds, const char* what) {
 
 int expected_tasks(const Options& options, int64_t rows, int64_t cols) {
   int sum = 0;
-  for (const Step& step : Program(rows, cols, options, 1).steps) sum += step.tasks;
+  // A matrix of such a norm is packed along with the norm.
+  for (const Step& step : Program(rows, cols, options, 1).steps) sum += step.phase == Phase::pack ? 0 : step.tasks;
   return sum;
 }
 
