@@ -17,27 +17,10 @@ inline char* tile(char* base, int64_t strip, int64_t k, int64_t strip_tiles) {
 
 // The tile whose rows are another's columns of pairs.
 void turn_tile(const char* from, char* to) {
-  const auto lane = [&](int r, int c) {
-    return _mm_load_si128(reinterpret_cast<const __m128i*>(from + r * 64 + c * 16));
-  };
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    __m512i z[4];
-#pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) {
-      z[t] = _mm512_castsi128_si512(lane(t, c));
-      z[t] = _mm512_inserti32x4(z[t], lane(4 + t, c), 1);
-      z[t] = _mm512_inserti32x4(z[t], lane(8 + t, c), 2);
-      z[t] = _mm512_inserti32x4(z[t], lane(12 + t, c), 3);
-    }
-    const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpackhi_epi32(z[0], z[1]);
-    const __m512i d = _mm512_unpacklo_epi32(z[2], z[3]), e = _mm512_unpackhi_epi32(z[2], z[3]);
-    char* const at = to + c * 256;
-    _mm512_store_si512(at, _mm512_unpacklo_epi64(a, d));
-    _mm512_store_si512(at + 64, _mm512_unpackhi_epi64(a, d));
-    _mm512_store_si512(at + 128, _mm512_unpacklo_epi64(b, e));
-    _mm512_store_si512(at + 192, _mm512_unpackhi_epi64(b, e));
-  }
+  __m512i v[16];
+  for (int r = 0; r < 16; ++r) v[r] = _mm512_load_si512(from + r * 64);
+  transpose_lanes(v);
+  for (int r = 0; r < 16; ++r) _mm512_store_si512(to + r * 64, v[r]);
 }
 
 // Pairs of rows that a piece does, unrolled, so that it takes about as long as the products that it is done beside.
@@ -116,14 +99,13 @@ struct NextX {
   alignas(64) float factors[kBlock];  // of X's rows
   float acc;
   int i, j;
-  bool last, scaled;
+  bool last;
 
   NextX() = default;
   NextX(const Work& w, const Step& step, int row, int col, float* block, float* spare)
       : work(&w), c(block), other(spare), i(row), j(col), last(step.last) {
     const float scale = step.unscaled ? w.scale : 1.0f;
     acc = step.acc * scale;
-    scaled = acc != 1.0f;
     const Operands& o = w.operands;
     if (!last) to = XTiles(w, i, j, step.parity ^ 1);
     for (int h = 0; h < 2; ++h) x[h] = tile(o.across[step.parity], 2 * j + h, i, w.program->m_blocks);
@@ -135,7 +117,7 @@ struct NextX {
   int pieces() const { return kRowPieces + last; }
   void piece(int number) const {
     if (number == kRowPieces) return finish(*work, int64_t{i} * kBlock, int64_t{j} * kBlock, c, other);
-    if (scaled)
+    if (acc != 1.0f)
       last ? add<true, true>(number) : add<false, true>(number);
     else
       last ? add<true, false>(number) : add<false, false>(number);
@@ -166,7 +148,7 @@ struct NextX {
 // A block of a symmetric matrix and its mirror image ← acc·c + add·S, where c lacks what the diagonals of its operands
 // give; of XXᵀ ← c, times the square of the scale that X lacks.
 struct NextSymmetric {
-  // What is added: of one matrix that is left, right and added, or of three.
+  // To the sums: nothing, a factor, or terms of one matrix that is left, right and added, or of three.
   enum class Terms { none, scale, same, any };
 
   const Work* work;

@@ -68,14 +68,13 @@ bool set_scales(Work& work) {
   if (norm == 0.0) scale = 0.0;
   if (!std::isfinite(norm)) scale = std::nan("");
   const int exponent = scale > 0.0 ? std::ilogb(scale) : 0;
-  const double power = std::ldexp(1.0, exponent / 2);
+  const bool at_once = work.program->packs_at_once;
+  const bool packed = at_once && norm >= kLeastNorm && norm <= kGreatestNorm;
+  const double power = std::ldexp(1.0, exponent / 2), whole = std::ldexp(1.0, exponent);
   work.scales[0] = static_cast<float>(power);
-  work.scales[1] = static_cast<float>(scale / power);
-  if (!work.program->packs_at_once) return false;
-  const bool in_range = norm >= kLeastNorm && norm <= kGreatestNorm;
-  work.scales[1] = static_cast<float>(std::ldexp(1.0, exponent - exponent / 2));
-  work.scale = static_cast<float>(in_range ? scale : scale / std::ldexp(1.0, exponent));
-  return in_range;
+  work.scales[1] = static_cast<float>((at_once ? whole : scale) / power);
+  if (at_once) work.scale = static_cast<float>(packed ? scale : scale / whole);
+  return packed;
 }
 
 // A place for one matrix at a time. Threads claim tasks of its current step by number; who finishes the last one

@@ -31,6 +31,7 @@ constexpr double kLeastSharedFlops = 5e8;
 
 void enter() { _tile_loadconfig(&kWholeTiles); }
 
+// Results that went past the caches are there before other threads are told so.
 void leave() {
   _tile_release();
   _mm_sfence();
@@ -78,6 +79,7 @@ void multiply_block(float* c, const char* left0, const char* left1, const char* 
 
 #else
 
+// As much as of a thread with a matrix of its own.
 constexpr double kLeastSharedFlops = 2e7;
 
 void enter() {}

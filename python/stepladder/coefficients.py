@@ -121,7 +121,7 @@ def resolve(coefficients: Coefficients | None, steps: int | None) -> Coefficient
     return _whole(name) if isinstance(name, str) and steps is None else _resolved(name, steps)
 
 
-# Small matrices are iterated on in less time than this takes.
+# An 8×8 matrix is iterated on in less time than this takes.
 @functools.cache
 def _whole(name: str) -> CoefficientSet:
     return _resolved(name, None)
