@@ -3,7 +3,8 @@ set(MATRIX_SOURCES ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/cpu_bindings.cpp
                    ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/cpu_dispatch.cpp
                    ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/cpu_iteration.cpp
                    ${CMAKE_CURRENT_LIST_DIR}/newton_schulz/program.cpp)
-set(PRODUCT_SOURCES ${CMAKE_CURRENT_LIST_DIR}/common/amx.cpp ${CMAKE_CURRENT_LIST_DIR}/common/buffer.cpp ${CMAKE_CURRENT_LIST_DIR}/matrix_product/bindings.cpp
+set(PRODUCT_SOURCES ${CMAKE_CURRENT_LIST_DIR}/common/amx.cpp ${CMAKE_CURRENT_LIST_DIR}/common/buffer.cpp
+                    ${CMAKE_CURRENT_LIST_DIR}/common/buffer_pool.cpp ${CMAKE_CURRENT_LIST_DIR}/matrix_product/bindings.cpp
                     ${CMAKE_CURRENT_LIST_DIR}/matrix_product/product.cpp)
 include(CheckCXXCompilerFlag)
 

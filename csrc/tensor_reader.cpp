@@ -1,52 +1,20 @@
+#include "dlpack.h"
 #include "step_plan.h"
 
 namespace stepladder {
 
-namespace {
-
-// The part of DLPack's C exchange table (dlpack.h, version 1.3) that is used here.
-struct DLTensor {
-  void* data;
-  struct {
-    int32_t type, id;
-  } device;
-  int32_t ndim;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
-
-struct ExchangeTable {
-  struct {
-    uint32_t major, minor;
-    void* previous;
-  } header;
-  void* managed_tensor_allocator;
-  void* managed_tensor_from_py_object;
-  void* managed_tensor_to_py_object;
-  int (*dltensor_from_py_object)(void*, void*);
-  void* current_work_stream;
-};
-
-constexpr int kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5;
-
-}  // namespace
-
 TensorReader::TensorReader(py::object exchange, py::object describe)
     : capsule_(std::move(exchange)), describe_(std::move(describe)) {
   if (capsule_.is_none()) return;
-  const auto* table = static_cast<const ExchangeTable*>(PyCapsule_GetPointer(capsule_.ptr(), "dlpack_exchange_api"));
+  const auto* table =
+      static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule_.ptr(), "dlpack_exchange_api"));
   if (table == nullptr) throw py::error_already_set();
   if (table->header.major == 1) from_py_object_ = table->dltensor_from_py_object;
 }
 
 bool TensorReader::read(PyObject* tensor, TensorView* view) {
   if (from_py_object_ == nullptr) return read_described(tensor, view);
-  DLTensor t;
+  dlpack::Tensor t;
   if (from_py_object_(tensor, &t) != 0) {
     PyErr_Clear();
     return false;
@@ -56,11 +24,11 @@ bool TensorReader::read(PyObject* tensor, TensorView* view) {
   view->ndim = t.ndim;
   view->sizes = t.shape;
   view->strides = t.strides;
-  view->complex = t.dtype.code == kDLComplex;
+  view->complex = t.dtype.code == dlpack::kComplex;
   const int bits = view->complex ? t.dtype.bits / 2 : t.dtype.bits;
-  if (t.dtype.code == kDLBfloat && bits == 16) {
+  if (t.dtype.code == dlpack::kBfloat && bits == 16) {
     view->dtype = DType::bf16;
-  } else if ((t.dtype.code == kDLFloat || view->complex) && (bits == 64 || bits == 32 || bits == 16)) {
+  } else if ((t.dtype.code == dlpack::kFloat || view->complex) && (bits == 64 || bits == 32 || bits == 16)) {
     view->dtype = bits == 64 ? DType::f64 : bits == 32 ? DType::f32 : DType::f16;
   } else {
     return false;

@@ -131,20 +131,25 @@ def test_ops(gpu):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"m": -1}, "a matrix G has -1 rows and 4 columns, expected 0 to"),
-        ({"L": (2, "float32", 4, 1)}, "'L' is at 0x2, expected an address that is aligned to its elements"),
-        ({"L": (16, "bfloat16", 4, 1)}, "a matrix L has the dtype 'bfloat16', expected float32"),
-        ({"G": (0, "float16", 4, 1)}, "'G' is at"),
-        ({"G": (16, "float64", 4, 1)}, "a matrix has the dtype 'float64', expected"),
+        ({"G": (16, "float32", (-1, 4), (4, 1))}, "a matrix G has -1 rows and 4 columns, expected 0 to"),
+        ({"L": (2, "float32", (4, 4), (4, 1))}, "'L' is at 0x2, expected an address that is aligned to its elements"),
+        ({"L": (16, "bfloat16", (4, 4), (4, 1))}, "a matrix L has the dtype 'bfloat16', expected float32"),
+        ({"G": (0, "float16", (4, 4), (4, 1))}, "'G' is at"),
+        ({"G": (16, "float64", (4, 4), (4, 1))}, "a matrix has the dtype 'float64', expected"),
+        ({"G": (16, "float32", (2, 4, 4), (0, 4, 1))}, "there are 1 matrices L and 2 matrices G"),
         ({"beta": math.inf}, "beta=inf and weight=1, expected finite numbers"),
     ],
 )
 def test_refusals(gpu, change, message):
     square, g = torch.full((4, 4), 7.0), torch.ones(4, 4)
-    views = {"L": (square.data_ptr(), "float32", 4, 1), "G": (g.data_ptr(), "float32", 4, 1), "m": 4, "beta": 0.5}
+    views = {
+        "L": (square.data_ptr(), "float32", (4, 4), (4, 1)),
+        "G": (g.data_ptr(), "float32", (4, 4), (4, 1)),
+        "beta": 0.5,
+    }
     given = views | change
     before = gpu.launches()
     with pytest.raises(gpu.Error, match=message):
-        gpu.GpuGrams(0).run([(given["L"], given["G"], given["m"], 4)], given["beta"], 1.0, 0)
+        gpu.GpuGrams(0).run([(given["L"], given["G"])], given["beta"], 1.0, 0)
     assert gpu.launches() == before
     assert (square == 7.0).all()

@@ -288,7 +288,7 @@ def test_units_are_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, "abacus")
     with pytest.raises(ValueError, match="STEPLADDER_MATRIX_UNIT='abacus' is unknown, expected 'amx'"):
         sl.ops.newton_schulz(X)
-    monkeypatch.setattr(newton_schulz._C, "matrix_units", list)
+    monkeypatch.setattr(newton_schulz, "_units", lambda: (newton_schulz.TORCH,))
     monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, "amx")
     with pytest.raises(RuntimeError, match="STEPLADDER_MATRIX_UNIT='amx' cannot run here"):
         sl.ops.newton_schulz(X)

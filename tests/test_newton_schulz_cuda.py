@@ -57,7 +57,7 @@ class Gpu:
         here = [t for x, out, _, muon in jobs for t in (x, out, *(muon or ())[:1])]
         there = {id(t): place(t) for t in here}
         matrices = [
-            (*x.shape, view(there[id(x)]), view(there[id(out)]), o, m and (view(there[id(m[0])]), *m[1:]))
+            (view(there[id(x)]), view(there[id(out)]), o, m and (view(there[id(m[0])]), *m[1:]))
             for x, out, o, m in jobs
         ]
         stream = torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
@@ -96,8 +96,8 @@ def place(t: Tensor) -> Tensor:
     return storage(t).to(DEVICE).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
-def view(x: Tensor) -> tuple[int, str, int, int]:
-    return x.data_ptr(), str(x.dtype).removeprefix("torch."), x.stride(-2), x.stride(-1)
+def view(x: Tensor) -> tuple[int, str, Sequence[int], Sequence[int]]:
+    return x.data_ptr(), str(x.dtype).removeprefix("torch."), x.shape, x.stride()
 
 
 class Workspace:
@@ -764,7 +764,7 @@ def test_a_captured_iteration_keeps_its_table(gpu, path):
     out = [torch.zeros_like(x) for x in (*first, *second)]
 
     def jobs(given, results):
-        return [(*x.shape, view(x), view(r), shared, None) for x, r in zip(given, results, strict=True)]
+        return [(view(x), view(r), shared, None) for x, r in zip(given, results, strict=True)]
 
     gpu.module.begin_capture()
     iteration.run(jobs(first, out[:2]), spaces[0], 1)
@@ -801,12 +801,21 @@ X = torch.ones(4, 4)
         ({"eps": -1.0}, "eps=-1, expected a finite number of at least 0"),
         ({"eps": math.inf}, "eps=inf, expected a finite number of at least 0"),
         ({"divisor": 0.0}, "divisor=0, expected a finite number above 0"),
-        ({"rows": -1}, "a matrix has -1 rows and 4 columns"),
-        ({"columns": 2**31}, "a matrix has 4 rows and 2147483648 columns"),
-        ({"in": (0, "float32", 4, 1)}, "the matrix 'in' has no address"),
-        ({"out": (0, "float32", 4, 1)}, "the matrix 'out' has no address"),
-        ({"in": (X.data_ptr(), "float64", 4, 1)}, "has the dtype 'float64', expected float32, bfloat16 or float16"),
-        ({"out": (X.data_ptr() + 2, "float32", 4, 1)}, "the matrix 'out' begins at .*, which is not aligned"),
+        ({"in": (X.data_ptr(), "float32", (-1, 4), (4, 1))}, "a matrix has -1 rows and 4 columns"),
+        ({"in": (X.data_ptr(), "float32", (4, 2**31), (4, 1))}, "a matrix has 4 rows and 2147483648 columns"),
+        ({"in": (X.data_ptr(), "float32", (2, 4, 4), (0, 4, 1))}, "tensors have 2, 1 and 0 matrices, expected as many"),
+        ({"in": (X.data_ptr(), "float32", (4,), (1,))}, "a tensor has 1 sizes and 1 strides, expected as many of both"),
+        ({"in": (X.data_ptr(), "float32", (4, 4), (1,))}, "a tensor has 2 sizes and 1 strides, expected as many of"),
+        ({"in": (0, "float32", (4, 4), (4, 1))}, "the matrix 'in' has no address"),
+        ({"out": (0, "float32", (4, 4), (4, 1))}, "the matrix 'out' has no address"),
+        (
+            {"in": (X.data_ptr(), "float64", (4, 4), (4, 1))},
+            "has the dtype 'float64', expected float32, bfloat16 or float16",
+        ),
+        (
+            {"out": (X.data_ptr() + 2, "float32", (4, 4), (4, 1))},
+            "the matrix 'out' begins at .*, which is not aligned",
+        ),
         ({"options": None}, "a matrix has no options"),
         ({"workspace": 8}, "expected an address aligned to 16 bytes"),
         ({"workspace": 0}, "expected an address aligned to 16 bytes"),
@@ -817,17 +826,10 @@ def test_refusals(gpu, change, message):
     x, result = torch.ones(4, 4), torch.full((4, 4), 7.0)
     given = {"steps": [(1.0, 2.0, 3.0)], "eps": 0.0, "divisor": 1.0, "workspace": 16, **change}
     shared = gpu.module.NewtonSchulzOptions(given["steps"], given["eps"], given["divisor"], False, False)
-    matrix = (
-        given.get("rows", 4),
-        given.get("columns", 4),
-        given.get("in", view(x)),
-        given.get("out", view(result)),
-        given.get("options", shared),
-        None,
-    )
+    matrices = (given.get("in", view(x)), given.get("out", view(result)), given.get("options", shared), None)
     before = gpu.module.launches()
     with pytest.raises(gpu.module.Error, match=message):
-        gpu.iteration().run([matrix], lambda size: given["workspace"], 0)
+        gpu.iteration().run([matrices], lambda size: given["workspace"], 0)
     assert gpu.module.launches() == before
     assert (result == 7.0).all()
 

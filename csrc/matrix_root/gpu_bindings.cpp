@@ -59,16 +59,23 @@ std::vector<BasisStack> basis_stacks_of(const std::vector<PyBasisStack>& given) 
   return stacks;
 }
 
-// L, G, rows and columns of G.
-using PyGram = std::tuple<newton_schulz::PyView, newton_schulz::PyView, int64_t, int64_t>;
+// L and G.
+using PyGrams = std::tuple<newton_schulz::PyTensor, newton_schulz::PyTensor>;
 
-std::vector<GramRecord> grams_of(const std::vector<PyGram>& given) {
+std::vector<GramRecord> grams_of(const std::vector<PyGrams>& given) {
   std::vector<GramRecord> grams;
-  for (const auto& [square, factor, m, n] : given) {
-    const newton_schulz::View l = newton_schulz::view_of(square), g = newton_schulz::view_of(factor);
-    SL_CHECK(l.dtype == DType::f32, "a matrix L has the dtype '", std::get<1>(square), "', expected float32");
-    grams.push_back({static_cast<float*>(l.data), l.row_stride, l.col_stride, g.data, g.row_stride, g.col_stride,
-                     static_cast<int64_t>(g.dtype), m, n});
+  for (const auto& [squares, factors] : given) {
+    const auto& name = std::get<1>(squares);
+    const auto& shape = std::get<2>(factors);
+    SL_CHECK(name == "float32", "a matrix L has the dtype '", name, "', expected float32");
+    const std::vector<newton_schulz::View> left = newton_schulz::views_of(squares),
+                                           right = newton_schulz::views_of(factors);
+    SL_CHECK(left.size() == right.size(), "there are ", left.size(), " matrices L and ", right.size(), " matrices G");
+    for (size_t k = 0; k < left.size(); ++k) {
+      const newton_schulz::View &l = left[k], &g = right[k];
+      grams.push_back({static_cast<float*>(l.data), l.row_stride, l.col_stride, g.data, g.row_stride, g.col_stride,
+                       static_cast<int64_t>(g.dtype), shape[shape.size() - 2], shape[shape.size() - 1]});
+    }
   }
   return grams;
 }
@@ -160,7 +167,7 @@ void bind_matrix_root_gpu(py::module_& m) {
       .def(py::init<int>(), py::arg("device"))
       .def(
           "run",
-          [](GpuGrams& grams, const std::vector<PyGram>& matrices, double beta, double weight, uintptr_t stream) {
+          [](GpuGrams& grams, const std::vector<PyGrams>& matrices, double beta, double weight, uintptr_t stream) {
             grams.run(grams_of(matrices), beta, weight, reinterpret_cast<gpu::Stream>(stream));
           },
           py::arg("matrices"), py::arg("beta"), py::arg("weight"), py::arg("stream"));

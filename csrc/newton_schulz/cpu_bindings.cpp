@@ -26,7 +26,7 @@ void bind_newton_schulz_cpu(py::module_& m) {
       .def(py::init<size_t>(), py::arg("kept_bytes"))
       .def(
           "run",
-          [](CpuIteration& iteration, const std::vector<PyMatrix>& matrices, const std::string& unit, int threads) {
+          [](CpuIteration& iteration, const std::vector<PyMatrices>& matrices, const std::string& unit, int threads) {
             const Engine* found = cpu_engine(unit.c_str());
             SL_CHECK(found != nullptr, "this processor or build has no matrix unit '", unit, "'");
             const std::vector<Job> jobs = jobs_of(matrices);

@@ -33,7 +33,7 @@ void bind_newton_schulz_gpu(py::module_& m) {
            py::arg("clusters") = false)
       .def(
           "run",
-          [](GpuIteration& iteration, const std::vector<PyMatrix>& matrices,
+          [](GpuIteration& iteration, const std::vector<PyMatrices>& matrices,
              const std::function<uintptr_t(int64_t)>& allocate, uintptr_t stream) {
             iteration.run(
                 jobs_of(matrices), [&](int64_t bytes) { return reinterpret_cast<char*>(allocate(bytes)); },

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ def rules() -> dict[str, dict[str, Any]]: ...
 def power(base: float, exponent: int) -> float: ...
 def openmp_runtime() -> str | None: ...
 def isas() -> list[str]: ...
+def environment(variable: str) -> str | None: ...
 def launches() -> int: ...
 
 # Pass, rule, dtypes of parameter, gradient and states, nanoseconds, elements, chunks.
@@ -100,23 +101,26 @@ class StepPlan:
     @property
     def has_exchange(self) -> bool: ...
 
+def kept_tensor(shape: Sequence[int], dtype: str) -> Any: ...
+
 class NewtonSchulzOptions:
     def __init__(
         self, steps: tuple[tuple[float, float, float], ...], eps: float, divisor: float, aol: bool, gram: bool
     ) -> None: ...
 
-_View = tuple[int, str, int, int]
+# Address, dtype, shape, strides.
+_Tensor = tuple[int, str, Sequence[int], Sequence[int]]
 _Rate = tuple[int, bool, float, float]
-_Muon = tuple[_View, float, bool, bool, float, float, float | _Rate]
-_Matrix = tuple[int, int, _View, _View, NewtonSchulzOptions, _Muon | None]
+_Muon = tuple[_Tensor, float, bool, bool, float, float, float | _Rate]
+_Matrices = tuple[_Tensor, _Tensor, NewtonSchulzOptions, _Muon | None]
 
 class NewtonSchulzCpu:
     def __init__(self, kept_bytes: int) -> None: ...
-    def run(self, matrices: list[_Matrix], unit: str, threads: int) -> None: ...
+    def run(self, matrices: list[_Matrices], unit: str, threads: int) -> None: ...
 
 class NewtonSchulzGpu:
     def __init__(self, device: int, shared_limit: int = ..., clusters: bool = ...) -> None: ...
-    def run(self, matrices: list[_Matrix], allocate: Callable[[int], int], stream: int) -> None: ...
+    def run(self, matrices: list[_Matrices], allocate: Callable[[int], int], stream: int) -> None: ...
 
 # Condition, a, b, c of each polynomial; Newton's steps.
 _Attempt = tuple[list[tuple[float, float, float, float]], int]
@@ -151,11 +155,11 @@ class GpuRoots:
 _BasisStack = tuple[int, int, int, int, int, int, int, int, int, int]
 
 # L, G, rows and columns of G.
-_Gram = tuple[_View, _View, int, int]
+_Grams = tuple[_Tensor, _Tensor]
 
 class GpuGrams:
     def __init__(self, device: int) -> None: ...
-    def run(self, matrices: list[_Gram], beta: float, weight: float, stream: int) -> None: ...
+    def run(self, matrices: list[_Grams], beta: float, weight: float, stream: int) -> None: ...
 
 # Address, strides from matrix to matrix, row to row, column to column.
 _Place = tuple[int, int, int, int]

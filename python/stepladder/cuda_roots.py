@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepladder import _C
 from stepladder.backends import current_stream
-from stepladder.newton_schulz import views_of
+from stepladder.newton_schulz import view_of
 from stepladder.reference import matrix_root
 from stepladder.reference.matrix_root import RootInfo
 from stepladder.reference.orthonormalize import LIMIT, SHIFT, BasisInfo
@@ -115,11 +115,8 @@ def update_grams(squares: Sequence[Tensor], others: Sequence[Tensor], beta: floa
     Of each L one half is read.
     """
     device = squares[0].device
-    given = []
     others = [g.resolve_neg() for g in others]
-    for square, g in zip(squares, others, strict=True):
-        for view, other in zip(views_of(square), views_of(g), strict=True):
-            given.append((view, other, g.shape[-2], g.shape[-1]))
+    given = [(view_of(square), view_of(g)) for square, g in zip(squares, others, strict=True)]
     _kernels(_C.GpuGrams, device).run(given, beta, weight, current_stream(device.index or 0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import os
@@ -12,6 +13,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from stepladder import _C, backends, ranges
 from stepladder.backends import current_stream
@@ -21,6 +23,8 @@ from stepladder.reference.newton_schulz import METHODS, iterate
 
 # What kernels take; fp64 is left to the reference.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)
+DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES}
 # Names the fastest matrix unit of the CPU that may be used: "amx", "avx512_bf16", or "torch" for torch's products.
 UNIT_VARIABLE = "STEPLADDER_MATRIX_UNIT"
 TORCH = "torch"
@@ -28,6 +32,8 @@ TORCH = "torch"
 CLUSTERS_VARIABLE = "STEPLADDER_CLUSTERS"
 # Of workspace that is kept from call to call.
 KEPT_BYTES = 1 << 28
+# Smaller ones were as fast from malloc, which keeps most of them itself.
+KEPT_RESULT_BYTES = 1 << 20
 
 
 @overload
@@ -106,7 +112,7 @@ def check(method: str, eps: float) -> None:
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown, expected one of {', '.join(map(repr, METHODS))}")
-    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+    if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, numbers.Real)):
         raise TypeError(f"eps must be a number, got {eps!r}")
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps={eps} is out of range, expected a finite number of at least 0")
@@ -127,7 +133,7 @@ def check_floating(x: Tensor, where: str) -> None:
         raise TypeError(f"{where} is a {type(x).__name__}, expected a tensor")
     if x.layout != torch.strided:
         raise TypeError(f"{where} has layout {x.layout}, expected torch.strided")
-    if x.dtype not in (*KERNEL_DTYPES, torch.float64):
+    if x.dtype not in FLOATING_DTYPES:
         raise TypeError(f"{where} has dtype {x.dtype}, expected float32, bfloat16, float16 or float64")
 
 
@@ -175,21 +181,26 @@ def form_for(method: str, shape: torch.Size, unit: str, chosen: CoefficientSet) 
         return "standard"
     if method != "auto":
         return method
-    m, n = sorted(shape[-2:])
+    m, n = shape[-2], shape[-1]
+    if m > n:
+        m, n = n, m
     return "gram" if unit != TORCH and n >= gram_from(unit, m) * m else "standard"
+
+
+@functools.cache
+def _units() -> tuple[str, ...]:
+    return *_C.matrix_units(), TORCH
 
 
 def matrix_unit() -> str:
     """Who multiplies on this CPU: the fastest unit that the environment allows, or torch."""
-    units: list[str] = _C.matrix_units()
-    names = [*units, TORCH]
-    asked = os.environ.get(UNIT_VARIABLE)
+    names, asked = _units(), _C.environment(UNIT_VARIABLE)
     if asked is None:
         return names[0]
     if asked not in ("amx", "avx512_bf16", TORCH):
         raise ValueError(f"{UNIT_VARIABLE}={asked!r} is unknown, expected 'amx', 'avx512_bf16' or 'torch'")
     if asked not in names:
-        raise RuntimeError(f"{UNIT_VARIABLE}={asked!r} cannot run here: this processor and build have {names}")
+        raise RuntimeError(f"{UNIT_VARIABLE}={asked!r} cannot run here: this processor and build have {list(names)}")
     return asked
 
 
@@ -225,26 +236,33 @@ def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: flo
     return [iterate(x, chosen, form_for(method, x.shape, TORCH, chosen), eps, dtype) for x in given]
 
 
-# Address, dtype, strides of rows and columns.
-View = tuple[int, str, int, int]
+# Of a tensor [..., m, n]: address, dtype, shape, strides.
+View = tuple[int, str, Sequence[int], Sequence[int]]
 # Address of a learning rate on the device, whether it is a double, weight decay, scale.
 Rate = tuple[int, bool, float, float]
 # Buffer, momentum, whether it averages, Nesterov's form, the gradient's scale, decay, step or what makes both.
 MuonPart = tuple[View, float, bool, bool, float, float, float | Rate]
-# Rows, columns, in, out, options, and what Muon adds.
-Matrix = tuple[int, int, View, View, _C.NewtonSchulzOptions, MuonPart | None]
+# In, out, options, and what Muon adds.
+Matrices = tuple[View, View, _C.NewtonSchulzOptions, MuonPart | None]
 
 
-def views_of(x: Tensor) -> list[View]:
-    """Every matrix of a tensor [..., m, n], in the order of its leading dimensions."""
-    dtype, strides = str(x.dtype).removeprefix("torch."), x.stride()
-    offsets = [0]
-    for size, stride in zip(x.shape[:-2], strides, strict=False):
-        offsets = [offset + k * stride for offset in offsets for k in range(size)]
-    start, item = x.data_ptr(), x.element_size()
-    return [(start + offset * item, dtype, strides[-2], strides[-1]) for offset in offsets]
+def view_of(x: Tensor) -> View:
+    """What the compiled kernels are told of a tensor [..., m, n]; it has to outlive them."""
+    return x.data_ptr(), DTYPE_NAMES[x.dtype], x.shape, x.stride()
 
 
+def empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor for a result; on a CPU a large one lies in memory that is kept from result to result.
+
+    New pages can cost as much as the iteration of what is stored there. Memory that is kept cannot be resized.
+    """
+    if not x.is_cpu or x.nbytes < KEPT_RESULT_BYTES:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    result: Tensor = from_dlpack(_C.kept_tensor(x.shape, DTYPE_NAMES[x.dtype]))
+    return result
+
+
+@functools.lru_cache(maxsize=64)
 def options_of(chosen: CoefficientSet, eps: float, form: str) -> _C.NewtonSchulzOptions:
     """What the compiled kernels are told of an iteration."""
     return _C.NewtonSchulzOptions(chosen.steps, eps, chosen.divisor, chosen.aol, form == "gram")
@@ -290,13 +308,13 @@ def _iterations() -> dict[tuple[Any, ...], Any]:
     return kept
 
 
-def run_compiled(matrices: list[Matrix], backend: str, device: torch.device) -> None:
-    """Run the compiled kernels on all matrices together, which lie on this device."""
-    if backend == "cpu":
+def run_compiled(matrices: list[Matrices], unit: str, device: torch.device) -> None:
+    """Run the compiled kernels on all matrices together, which lie on this device; `unit`: the CPU's, or "cuda"."""
+    if unit != "cuda":
         kept = _iterations()
         if ("cpu",) not in kept:
             kept["cpu",] = _C.NewtonSchulzCpu(KEPT_BYTES)
-        kept["cpu",].run(matrices, matrix_unit(), torch.get_num_threads())
+        kept["cpu",].run(matrices, unit, torch.get_num_threads())
         return
     iteration = gpu_iteration(device)
     workspaces: list[Tensor] = []
@@ -308,21 +326,14 @@ def run_compiled(matrices: list[Matrix], backend: str, device: torch.device) -> 
     iteration.run(matrices, allocate, current_stream(device.index or 0))
 
 
-def _compiled(
-    given: list[Tensor], chosen: CoefficientSet, method: str, eps: float, backend: str, unit: str
-) -> list[Tensor]:
-    options: dict[str, _C.NewtonSchulzOptions] = {}
+def _compiled(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float, unit: str) -> list[Tensor]:
     given = [x.resolve_neg() for x in given]
-    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
-    matrices: list[Matrix] = []
+    results = [empty_like(x) for x in given]
+    matrices: list[Matrices] = []
     for x, result in zip(given, results, strict=True):
-        form = form_for(method, x.shape, unit, chosen)
-        if form not in options:
-            options[form] = options_of(chosen, eps, form)
-        shared, (rows, columns) = options[form], x.shape[-2:]
-        for source, target in zip(views_of(x), views_of(result), strict=True):
-            matrices.append((rows, columns, source, target, shared, None))
-    run_compiled(matrices, backend, given[0].device)
+        options = options_of(chosen, eps, form_for(method, x.shape, unit, chosen))
+        matrices.append((view_of(x), view_of(result), options, None))
+    run_compiled(matrices, unit, given[0].device)
     return results
 
 
@@ -330,11 +341,11 @@ def _on_cpu(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float
     unit = matrix_unit()
     if unit == TORCH:
         return _by_torch(given, chosen, method, eps)
-    return _compiled(given, chosen, method, eps, "cpu", unit)
+    return _compiled(given, chosen, method, eps, unit)
 
 
 def _by_cuda(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
-    return _compiled(given, chosen, method, eps, "cuda", "cuda")
+    return _compiled(given, chosen, method, eps, "cuda")
 
 
 def _by_triton(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:

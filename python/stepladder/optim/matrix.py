@@ -15,12 +15,12 @@ from stepladder.coefficients import CoefficientSet, Triple, resolve
 from stepladder.newton_schulz import (
     KERNEL_DTYPES,
     TORCH,
-    Matrix,
+    Matrices,
     form_for,
     matrix_unit,
     options_of,
     run_compiled,
-    views_of,
+    view_of,
     work_of,
 )
 from stepladder.reference.muon import adamuon_update, frobenius, normuon_update
@@ -213,28 +213,24 @@ def reads_rate(lr: Any, tensors: Sequence[Tensor], backend: str) -> bool:
 def _step_fused(jobs: list[MuonJob], factor: float, unit: str) -> None:
     """The step in one call: momentum as gradients are read, decay and update as the last product is written."""
     sets: dict[Hashable, CoefficientSet] = {}
-    options: dict[Hashable, Any] = {}
     for bunch in _bunches(jobs, lambda job: (job.backend, job.param.device)):
         backend, device = bunch[0].backend, bunch[0].param.device
-        matrices: list[Matrix] = []
+        multiplies = unit if backend == "cpu" else backend
+        matrices: list[Matrices] = []
         grads = [job.grad.resolve_neg() for job in bunch]  # alive until the kernels have been launched
         for job, grad in zip(bunch, grads, strict=True):
             s = job.settings
             which = s.ns_coefficients, s.ns_steps
             if which not in sets:
                 sets[which] = resolve(*which)
-            form = form_for(s.ns_method, job.param.shape, unit if backend == "cpu" else backend, sets[which])
-            key = which, s.eps, form
-            if key not in options:
-                options[key] = options_of(sets[which], s.eps, form)
+            options = options_of(sets[which], s.eps, form_for(s.ns_method, job.param.shape, multiplies, sets[which]))
             averages = s.momentum_form == "ema"
             decay, step = 1.0 - s.lr * s.weight_decay, s.lr * job.scale
             made = step if s.rate is None else (s.rate.data_ptr(), s.rate.dtype == DOUBLE, s.weight_decay, job.scale)
             how = s.momentum, averages, s.nesterov, factor * s.sign, decay, made
-            for w, g, u in zip(views_of(job.param), views_of(grad), views_of(job.buffer), strict=True):
-                matrices.append((job.param.shape[-2], job.param.shape[-1], g, w, options[key], (u, *how)))
+            matrices.append((view_of(grad), view_of(job.param), options, (view_of(job.buffer), *how)))
         with ranges.kernel("momentum, newton_schulz, update", partial(_fused_work, bunch, sets)):
-            run_compiled(matrices, backend, device)
+            run_compiled(matrices, multiplies, device)
     torch._C._increment_version([tensor for job in jobs for tensor in (job.param, job.buffer)])
 
 
