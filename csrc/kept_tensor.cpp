@@ -16,7 +16,7 @@ namespace stepladder {
 
 namespace {
 
-constexpr size_t kKeptBytes = size_t{1} << 26;
+constexpr size_t kKeptBytes = size_t{1} << 28;
 constexpr char kCapsule[] = "dltensor";
 
 // Never destroyed: tensors outlive what is static.
@@ -76,6 +76,7 @@ py::object kept_tensor(const std::vector<int64_t>& shape, const std::string& dty
 }  // namespace
 
 void bind_kept_tensor(py::module_& m) {
+  m.attr("KEPT_TENSOR_BYTES") = kKeptBytes;
   m.def("kept_tensor", &kept_tensor, py::arg("shape"), py::arg("dtype"),
         "A DLPack capsule of a contiguous tensor on the CPU, whose memory is kept for later ones once it is gone.");
 }

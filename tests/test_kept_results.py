@@ -16,7 +16,6 @@ import stepladder as sl
 from stepladder import _C, newton_schulz
 
 SHAPE = (2, 512, 512)
-LIMIT = 64 << 20  # bytes that are kept
 
 pytestmark = pytest.mark.skipif(not _C.matrix_units(), reason="no matrix unit runs here")
 
@@ -90,13 +89,17 @@ def test_no_more_is_kept_than_the_limit():
         with open(statm) as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    size = 8 << 20
-    held = [torch.empty(size // 4) for _ in range(24)]
+    limit, size = _C.KEPT_TENSOR_BYTES, 16 << 20
+    like = torch.empty(size // 4)
+    kept = [newton_schulz.empty_like(like).fill_(1.0) for _ in range(limit // size)]
     before = resident()
-    kept = [newton_schulz.empty_like(x).fill_(1.0) for x in held]
-    assert resident() - before >= 24 * size - LIMIT
+    kept += [newton_schulz.empty_like(like).fill_(1.0) for _ in range(6)]
+    assert resident() - before >= 5 * size
     kept.clear()
-    assert resident() - before <= LIMIT + 2 * size
+    assert resident() - before <= size
+    # What is larger than all that may be kept is not kept at all.
+    newton_schulz.empty_like(torch.empty(limit // 4 + 1)).fill_(1.0)
+    assert resident() - before <= size
 
 
 def test_what_tensors_are_used_for_works():

@@ -101,6 +101,9 @@ class StepPlan:
     @property
     def has_exchange(self) -> bool: ...
 
+# How much is kept of tensors that are gone.
+KEPT_TENSOR_BYTES: int
+
 def kept_tensor(shape: Sequence[int], dtype: str) -> Any: ...
 
 class NewtonSchulzOptions:

@@ -32,8 +32,8 @@ TORCH = "torch"
 CLUSTERS_VARIABLE = "STEPLADDER_CLUSTERS"
 # Of workspace that is kept from call to call.
 KEPT_BYTES = 1 << 28
-# Smaller ones were as fast from malloc, which keeps most of them itself.
-KEPT_RESULT_BYTES = 1 << 20
+# Of a result whose memory is kept: smaller ones were as fast from malloc, which keeps most of them itself.
+LEAST_KEPT_BYTES = 1 << 20
 
 
 @overload
@@ -256,7 +256,7 @@ def empty_like(x: Tensor) -> Tensor:
 
     New pages can cost as much as the iteration of what is stored there. Memory that is kept cannot be resized.
     """
-    if not x.is_cpu or x.nbytes < KEPT_RESULT_BYTES:
+    if not x.is_cpu or not LEAST_KEPT_BYTES <= x.nbytes <= _C.KEPT_TENSOR_BYTES:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     result: Tensor = from_dlpack(_C.kept_tensor(x.shape, DTYPE_NAMES[x.dtype]))
     return result
