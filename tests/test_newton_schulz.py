@@ -15,6 +15,7 @@ from torch import Tensor
 import stepladder as sl
 from stepladder import _C, coefficients, newton_schulz
 from stepladder.coefficients import SETS, CoefficientSet, resolve
+from stepladder.reference.newton_schulz import normalised as reference_normalised
 
 UNITS = (*_C.matrix_units(), newton_schulz.TORCH)
 # What the package promises of its sets in bf16 (docs/muon.md): singular values of the result within the band of exact
@@ -308,3 +309,86 @@ def test_tiles_by_their_emulation(emulated_module: Any, monkeypatch: pytest.Monk
     monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, "amx")
     for x, y in zip(given, sl.ops.newton_schulz(given, name, method=method), strict=True):
         assert relative_error(y, sl.reference.newton_schulz(x.double(), name)) < allowed(x, name, method, "amx")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values, contiguous or not."""
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout == "every other column":
+        return torch.stack([x, torch.full_like(x, math.nan)], -1).flatten(-2)[..., ::2]
+    return x
+
+
+@pytest.mark.parametrize("layout", ["rows", "transposed", "every other column"])
+@pytest.mark.parametrize("dtype", newton_schulz.KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (333, 700), (2, 3, 40, 17), (16, 64, 128)])
+def test_what_torch_multiplies_is_normalised(shape: tuple[int, ...], dtype: torch.dtype, layout: str):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    given = laid_out(x, layout)
+    expected = x.double() / (1.05 * torch.linalg.norm(x.double(), dim=(-2, -1), keepdim=True))
+    for result, unit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8)):
+        found = [torch.empty_like(given, dtype=result).fill_(math.nan) for _ in range(2)]
+        for threads, y in enumerate(found, 1):
+            pair = newton_schulz.view_of(given), newton_schulz.view_of(y)
+            _C.normalise([pair], 1e-7, 1.05, threads)
+        assert torch.equal(*found)
+        # Roundings of the two factors, of the product of three and of the result.
+        bound = (4 * 2.0**-24 + unit) * expected.abs()
+        assert bool(((found[0].double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e38, math.inf, math.nan])
+@pytest.mark.parametrize("eps", [0.0, 1e-7])
+def test_normalised_at_the_ends_of_the_range(value: float, eps: float):
+    x = torch.full((2, 3, 5), 0.25)
+    x[1] = torch.tensor(value)
+    expected = reference_normalised(x, eps, 1.0)
+    found = torch.empty_like(x)
+    _C.normalise([(newton_schulz.view_of(x), newton_schulz.view_of(found))], eps, 1.0, 2)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1].isnan(), expected[1].isnan())
+    assert torch.allclose(found[1].nan_to_num(), expected[1].nan_to_num(), rtol=2.0**-22, atol=0.0)
+
+
+def test_normalised_refusals():
+    x = torch.ones(4, 4)
+    for y, message in (
+        (x.half(), "normalised matrices are of float16, expected float32 or bfloat16"),
+        (x[:2], "the two tensors of a pair have different shapes"),
+    ):
+        with pytest.raises(_C.Error, match=message):
+            _C.normalise([(newton_schulz.view_of(x), newton_schulz.view_of(y))], 0.0, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "most", "shape", "name", "expected"),
+    [
+        (True, None, (1024, 1024), "jordan", torch.bfloat16),
+        (True, "AVX512_CORE_AMX", (1024, 1024), "jordan", torch.bfloat16),
+        (True, "avx512_core_bf16", (1024, 1024), "jordan", torch.float32),
+        (True, None, (1024, 1024), "polar_express", torch.float32),  # has a divisor
+        (True, None, (64, 64), "jordan", torch.float32),
+        (False, None, (1024, 1024), "jordan", torch.float32),
+    ],
+)
+def test_in_which_dtype_torch_multiplies(
+    monkeypatch: pytest.MonkeyPatch,
+    tiles: bool,
+    most: str | None,
+    shape: tuple[int, int],
+    name: str,
+    expected: torch.dtype,
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(newton_schulz.platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if most is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    newton_schulz._torch_has_bf16.cache_clear()
+    try:
+        assert newton_schulz._torch_dtype(resolve(name, None), torch.empty(shape)) == expected
+    finally:
+        newton_schulz._torch_has_bf16.cache_clear()

@@ -51,6 +51,8 @@ SL_HD To bit_cast(From value) {
   return result;
 }
 
+SL_HD float to_float(float value) { return value; }
+
 SL_HD float to_float(bf16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
 SL_HD float to_float(f16 value) {

@@ -11,6 +11,7 @@
 
 #include "common/philox.h"
 #include "multi_tensor/sums.h"
+#include "newton_schulz/cpu_normalise.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -543,6 +544,7 @@ const CpuKernels kernels = {
     {measure<double>, measure<float>},
     {fold<double>, fold<float>},
     {scale<double>, scale<float>},
+    newton_schulz::normalise,
 };
 
 }  // namespace SL_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "multi_tensor/tensor.h"
+#include "newton_schulz/normalised.h"
 
 namespace stepladder {
 
@@ -20,6 +21,8 @@ struct CpuKernels {
   bool (*measure[2])(const Tensor&, int64_t begin, int64_t end, Norm, double inverse_scale);
   double (*fold[2])(const Tensor&, Norm);
   void (*scale[2])(const Tensor&, int64_t begin, int64_t end, double factor);
+
+  newton_schulz::Normalise normalise;
 };
 
 // Index into the tables' last dimension.

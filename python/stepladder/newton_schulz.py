@@ -6,6 +6,7 @@ import functools
 import math
 import numbers
 import os
+import platform
 import threading
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from stepladder import _C, backends, ranges
 from stepladder.backends import current_stream
 from stepladder.choices import gram_from
 from stepladder.coefficients import Coefficients, CoefficientSet, resolve
-from stepladder.reference.newton_schulz import METHODS, iterate
+from stepladder.reference.newton_schulz import METHODS, iterate, polynomials
 
 # What kernels take; fp64 is left to the reference.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +33,8 @@ TORCH = "torch"
 CLUSTERS_VARIABLE = "STEPLADDER_CLUSTERS"
 # Of workspace that is kept from call to call.
 KEPT_BYTES = 1 << 28
+# Multiplications of a product below which torch's are faster in fp32 than in bf16 even on tiles.
+LEAST_BF16 = 1 << 22
 # Of a result whose memory is kept: smaller ones were as fast from malloc, which keeps most of them itself.
 LEAST_KEPT_BYTES = 1 << 20
 
@@ -159,14 +162,14 @@ def orthogonalise(
 def work_of(given: Iterable[Tensor], chosen: CoefficientSet, name: str) -> ranges.Work:
     """What the iteration of matrices takes by its standard form, 2(2m²n + m³) for each step; `name`: the backend."""
     flops = size = 0.0
-    precision = "bf16"
+    given, precision = list(given), "bf16"
     for x in given:
         m, n = sorted(x.shape[-2:])
         flops += x.shape[:-2].numel() * len(chosen.steps) * 2.0 * (2.0 * m * m * n + float(m) ** 3)
         size += 2 * x.nbytes
         if name == "reference":
             precision = "fp64" if x.dtype == torch.float64 else "fp32"
-    if name == "cpu" and matrix_unit() == TORCH and _torch_dtype(chosen) == torch.float32:
+    if name == "cpu" and matrix_unit() == TORCH and all(_torch_dtype(chosen, x) == torch.float32 for x in given):
         precision = "fp32"
     return ranges.Work(size, flops, precision)
 
@@ -221,19 +224,43 @@ def _by_reference(given: list[Tensor], chosen: CoefficientSet, method: str, eps:
     return [iterate(x, chosen, method, eps, x.dtype) for x in given]
 
 
-def _torch_dtype(chosen: CoefficientSet) -> torch.dtype:
-    """What torch's products round to."""
-    # Without instructions for it, torch's products in bf16 are slower than those in fp32; and sets that need a margin
-    # diverge in them, as the diagonal of a Gram matrix is rounded like everything else.
+@functools.cache
+def _torch_has_bf16() -> bool:
+    """Whether torch's products in bf16 can be faster than those in fp32.
+
+    On x86 that takes tiles: by AVX-512 they took 1.2 to 3.4 times as long, with its bf16 instructions or without.
+    """
     there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    bf16 = there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if bf16 and chosen.divisor == 1.0 else torch.float32
+    if not there or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    # What torch's library of products, oneDNN, may use at the most.
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
+    allowed = most.upper() in ("DEFAULT", "ALL") or "AMX" in most.upper()
+    return allowed and torch.cpu._is_amx_tile_supported()
+
+
+def _torch_dtype(chosen: CoefficientSet, x: Tensor) -> torch.dtype:
+    """What torch's products round to."""
+    # Sets that need a margin diverge in bf16, as the diagonal of a Gram matrix is rounded like everything else.
+    if chosen.divisor != 1.0 or not _torch_has_bf16():
+        return torch.float32
+    return torch.bfloat16 if x.numel() * min(x.shape[-2:]) > LEAST_BF16 else torch.float32
 
 
 @torch.no_grad()
 def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
-    dtype = _torch_dtype(chosen)
-    return [iterate(x, chosen, form_for(method, x.shape, TORCH, chosen), eps, dtype) for x in given]
+    given = [x.resolve_neg() for x in given]
+    # Contiguous, so that strides change no bit.
+    normalised = [torch.empty(x.shape, dtype=_torch_dtype(chosen, x)) for x in given]
+    pairs = [(view_of(x), view_of(y)) for x, y in zip(given, normalised, strict=True)]
+    _C.normalise(pairs, eps, chosen.divisor, torch.get_num_threads())
+    results = []
+    for x, y in zip(given, normalised, strict=True):
+        y = polynomials(y, chosen, form_for(method, x.shape, TORCH, chosen))
+        results.append(y if y.dtype == x.dtype else empty_like(x).copy_(y))
+    return results
 
 
 # Of a tensor [..., m, n]: address, dtype, shape, strides.

@@ -60,17 +60,20 @@ def newton_schulz(
 
 def iterate(X: Tensor, chosen: CoefficientSet, method: str, eps: float, dtype: torch.dtype) -> Tensor:
     """The iteration with its products in `dtype`, on matrices [..., m, n]."""
-    transposed = X.shape[-2] > X.shape[-1]
-    x = normalised(X, eps, chosen.divisor)
+    return polynomials(normalised(X, eps, chosen.divisor).to(dtype), chosen, method).to(X.dtype)
+
+
+def polynomials(x: Tensor, chosen: CoefficientSet, method: str) -> Tensor:
+    """All steps of the iteration, on normalised matrices [..., m, n], which may be written to."""
+    shape = x.shape
+    transposed = shape[-2] > shape[-1]
     x = x.mT if transposed else x
     if x.ndim > 3:
-        x = x.flatten(0, -3)
-    x = x.to(dtype)  # [m, n] or [B, m, n], m <= n
+        x = x.flatten(0, -3)  # [m, n] or [B, m, n], m <= n
     if chosen.aol:
         x = aol(x)
     x = gram_form(x, chosen) if method == "gram" else standard_form(x, chosen)
-    x = x.to(X.dtype)
-    return (x.mT if transposed else x).reshape(X.shape)
+    return (x.mT if transposed else x).reshape(shape)
 
 
 def normalised(X: Tensor, eps: float, divisor: float) -> Tensor:
@@ -110,16 +113,25 @@ def aol(x: Tensor) -> Tensor:
     return torch.where(sums != 0, x / sums.sqrt(), x)
 
 
-def plus_product(beta: float, added: Tensor, alpha: float, left: Tensor, right: Tensor) -> Tensor:
-    """beta·added + alpha·left @ right."""
+def plus_product(
+    beta: float, added: Tensor, alpha: float, left: Tensor, right: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """beta·added + alpha·left @ right, in `out` where it is given."""
     add = torch.addmm if added.ndim == 2 else torch.baddbmm
-    return add(added, left, right, beta=beta, alpha=alpha)
+    return add(added, left, right, beta=beta, alpha=alpha, out=out)
 
 
 def standard_form(x: Tensor, chosen: CoefficientSet) -> Tensor:
-    for a, b, c in chosen.steps:
-        gram = x @ x.mT  # [..., m, m]
-        x = plus_product(a, x, 1.0, plus_product(b, gram, c, gram, gram), x)
+    """X ← aX + (bA + cA²)X; x is written to."""
+    other = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gram = x @ x.mT  # [..., m, m]
+    poly = torch.empty_like(gram)
+    for k, (a, b, c) in enumerate(chosen.steps):
+        if k > 0:
+            torch.matmul(x, x.mT, out=gram)
+        plus_product(b, gram, c, gram, gram, out=poly)
+        plus_product(a, x, 1.0, poly, x, out=other)
+        x, other = other, x
     return x
 
 
