@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import stepladder as sl
-from stepladder import _C, newton_schulz
+from stepladder import _C, newton_schulz, pool
 
 SHAPE = (2, 512, 512)
 
@@ -40,7 +40,7 @@ def test_a_result_takes_the_place_of_one_that_is_gone(dtype: torch.dtype):
     assert result.is_contiguous()
     assert (result.shape, result.dtype) == (shape, dtype)
     assert not result.requires_grad
-    fresh = newton_schulz.empty_like(result)
+    fresh = pool.empty(result.shape, result.dtype, result.device)
     assert fresh.data_ptr() != address
 
 
@@ -91,14 +91,14 @@ def test_no_more_is_kept_than_the_limit():
 
     limit, size = _C.KEPT_TENSOR_BYTES, 16 << 20
     like = torch.empty(size // 4)
-    kept = [newton_schulz.empty_like(like).fill_(1.0) for _ in range(limit // size)]
+    kept = [pool.empty(like.shape, like.dtype, like.device).fill_(1.0) for _ in range(limit // size)]
     before = resident()
-    kept += [newton_schulz.empty_like(like).fill_(1.0) for _ in range(6)]
+    kept += [pool.empty(like.shape, like.dtype, like.device).fill_(1.0) for _ in range(6)]
     assert resident() - before >= 5 * size
     kept.clear()
     assert resident() - before <= size
     # What is larger than all that may be kept is not kept at all.
-    newton_schulz.empty_like(torch.empty(limit // 4 + 1)).fill_(1.0)
+    pool.empty((limit // 4 + 1,), torch.float32, torch.device("cpu")).fill_(1.0)
     assert resident() - before <= size
 
 
@@ -121,11 +121,11 @@ def test_what_tensors_are_used_for_works():
 
 
 def test_an_unused_capsule_gives_its_memory_back():
-    address = newton_schulz.from_dlpack(_C.kept_tensor([1 << 20], "float32")).data_ptr()
+    address = pool.from_dlpack(_C.kept_tensor([1 << 20], "float32")).data_ptr()
     for _ in range(3):
         capsule = _C.kept_tensor([1 << 20], "float32")
         del capsule
-    assert newton_schulz.from_dlpack(_C.kept_tensor([1 << 20], "float32")).data_ptr() == address
+    assert pool.from_dlpack(_C.kept_tensor([1 << 20], "float32")).data_ptr() == address
 
 
 @pytest.mark.parametrize(

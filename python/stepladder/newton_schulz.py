@@ -14,9 +14,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
-from stepladder import _C, backends, ranges
+from stepladder import _C, backends, pool, ranges
 from stepladder.backends import current_stream
 from stepladder.choices import gram_from
 from stepladder.coefficients import Coefficients, CoefficientSet, resolve
@@ -25,7 +24,6 @@ from stepladder.reference.newton_schulz import METHODS, iterate, polynomials
 # What kernels take; fp64 is left to the reference.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)
-DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES}
 # Names the fastest matrix unit of the CPU that may be used: "amx", "avx512_bf16", or "torch" for torch's products.
 UNIT_VARIABLE = "STEPLADDER_MATRIX_UNIT"
 TORCH = "torch"
@@ -35,8 +33,6 @@ CLUSTERS_VARIABLE = "STEPLADDER_CLUSTERS"
 KEPT_BYTES = 1 << 28
 # Multiplications of a product below which torch's are faster in fp32 than in bf16 even on tiles.
 LEAST_BF16 = 1 << 22
-# Of a result whose memory is kept: smaller ones were as fast from malloc, which keeps most of them itself.
-LEAST_KEPT_BYTES = 1 << 20
 
 
 @overload
@@ -71,8 +67,9 @@ def newton_schulz(
     """Move all singular values of matrices towards 1, by products of matrices alone.
 
     X is divided by max(‖X‖F, eps) and by the set's divisor, then X ← aX + (bA + cA²)X with A = XXᵀ, once for each
-    step. Operands are bf16, sums fp32, and the norm is safe from 1e-38 to 1e38; fp64 is computed in fp64, by the
-    reference. Zeros stay zeros; a matrix with a NaN or infinite element becomes NaN and leaves the others alone.
+    step. Operands are bf16, or fp32 where torch multiplies and that is faster; sums are fp32, and the norm is safe from
+    1e-38 to 1e38. fp64 is computed in fp64, by the reference. Zeros stay zeros; a matrix with a NaN or infinite element
+    becomes NaN and leaves the others alone.
 
     Args:
         X: Matrices [..., m, n] of fp32, bf16, fp16 or fp64, of any strides; or a list of such tensors of any shapes,
@@ -87,7 +84,8 @@ def newton_schulz(
         backend: "cpu", "cuda", "triton", "reference", or None to choose by the device.
 
     Returns:
-        Tensors as given, of the same shapes and dtypes.
+        Tensors as given, of the same shapes and dtypes. Large ones on a CPU lie in memory that is kept for later ones
+        once they are gone; they cannot be resized to more elements.
 
     Raises:
         TypeError: X is no floating-point tensor, or of a dtype that the backend asked for does not take.
@@ -228,7 +226,7 @@ def _by_reference(given: list[Tensor], chosen: CoefficientSet, method: str, eps:
 def _torch_has_bf16() -> bool:
     """Whether torch's products in bf16 can be faster than those in fp32.
 
-    On x86 that takes tiles: by AVX-512 they took 1.2 to 3.4 times as long, with its bf16 instructions or without.
+    On x86 that takes tiles: by AVX-512 they took 1.3 to 4.6 times as long, with its bf16 instructions or without.
     """
     there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not there or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -259,7 +257,7 @@ def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: flo
     results = []
     for x, y in zip(given, normalised, strict=True):
         y = polynomials(y, chosen, form_for(method, x.shape, TORCH, chosen))
-        results.append(y if y.dtype == x.dtype else empty_like(x).copy_(y))
+        results.append(y if y.dtype == x.dtype else pool.empty(x.shape, x.dtype, x.device).copy_(y))
     return results
 
 
@@ -275,18 +273,7 @@ Matrices = tuple[View, View, _C.NewtonSchulzOptions, MuonPart | None]
 
 def view_of(x: Tensor) -> View:
     """What the compiled kernels are told of a tensor [..., m, n]; it has to outlive them."""
-    return x.data_ptr(), DTYPE_NAMES[x.dtype], x.shape, x.stride()
-
-
-def empty_like(x: Tensor) -> Tensor:
-    """A contiguous tensor for a result; on a CPU a large one lies in memory that is kept from result to result.
-
-    New pages can cost as much as the iteration of what is stored there. Memory that is kept cannot be resized.
-    """
-    if not x.is_cpu or not LEAST_KEPT_BYTES <= x.nbytes <= _C.KEPT_TENSOR_BYTES:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    result: Tensor = from_dlpack(_C.kept_tensor(x.shape, DTYPE_NAMES[x.dtype]))
-    return result
+    return x.data_ptr(), pool.DTYPE_NAMES[x.dtype], x.shape, x.stride()
 
 
 @functools.lru_cache(maxsize=64)
@@ -355,7 +342,7 @@ def run_compiled(matrices: list[Matrices], unit: str, device: torch.device) -> N
 
 def _compiled(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float, unit: str) -> list[Tensor]:
     given = [x.resolve_neg() for x in given]
-    results = [empty_like(x) for x in given]
+    results = [pool.empty(x.shape, x.dtype, x.device) for x in given]
     matrices: list[Matrices] = []
     for x, result in zip(given, results, strict=True):
         options = options_of(chosen, eps, form_for(method, x.shape, unit, chosen))

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from stepladder import _C
+from stepladder import _C, pool
 from stepladder.newton_schulz import matrix_unit
 
 # Multiplications below which a call costs more than is gained.
@@ -40,7 +40,7 @@ def serves(out: Tensor, depth: int) -> bool:
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """ab for [m, k] and [k, n], as torch.mm; fp32 products on a CPU by our kernel."""
-    out = a.new_empty(a.shape[0], b.shape[1])
+    out = pool.empty((a.shape[0], b.shape[1]), a.dtype, a.device)
     if serves(out, a.shape[1]):
         multiply(a, b, out, 1.0, 0.0, symmetric=False)
         return out
