@@ -56,10 +56,14 @@ py::object kept_tensor(const std::vector<int64_t>& shape, const std::string& dty
   kept->strides.resize(shape.size());
   dlpack::Tensor& tensor = kept->managed.tensor;
   tensor.dtype = data_type(dtype);
+  const int64_t item = tensor.dtype.bits / 8, most = static_cast<int64_t>(kKeptBytes) / item;
   int64_t count = 1;
-  for (size_t d = shape.size(); d-- > 0; count *= shape[d]) kept->strides[d] = count;
-  SL_CHECK(count > 0, "a tensor has ", count, " elements, expected at least 1");
-  kept->buffer = pool().take(static_cast<size_t>(count) * tensor.dtype.bits / 8);
+  for (size_t d = shape.size(); d-- > 0; count *= shape[d]) {
+    SL_CHECK(shape[d] > 0 && shape[d] <= most / count, "dimension ", d, " of a tensor is ", shape[d],
+             ", expected 1 or more, and up to ", most, " elements in all");
+    kept->strides[d] = count;
+  }
+  kept->buffer = pool().take(static_cast<size_t>(count * item));
   tensor.data = kept->buffer->at_least(0);
   tensor.device = {dlpack::kCpu, 0};
   tensor.ndim = static_cast<int32_t>(shape.size());
@@ -77,6 +81,7 @@ py::object kept_tensor(const std::vector<int64_t>& shape, const std::string& dty
 
 void bind_kept_tensor(py::module_& m) {
   m.attr("KEPT_TENSOR_BYTES") = kKeptBytes;
+  m.def("kept_bytes", [] { return pool().kept_bytes(); }, "Of tensors that are gone.");
   m.def("kept_tensor", &kept_tensor, py::arg("shape"), py::arg("dtype"),
         "A DLPack capsule of a contiguous tensor on the CPU, whose memory is kept for later ones once it is gone.");
 }

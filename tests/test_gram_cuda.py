@@ -131,7 +131,11 @@ def test_ops(gpu):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"G": (16, "float32", (-1, 4), (4, 1))}, "a matrix G has -1 rows and 4 columns, expected 0 to"),
+        (
+            {"L": (16, "float32", (-1, -1), (4, 1)), "G": (16, "float32", (-1, 4), (4, 1))},
+            "a matrix G has -1 rows and 4 columns, expected 0 to",
+        ),
+        ({"L": (16, "float32", (5, 5), (5, 1))}, "a matrix L is of 5x5 for a matrix G of 4 rows"),
         ({"L": (2, "float32", (4, 4), (4, 1))}, "'L' is at 0x2, expected an address that is aligned to its elements"),
         ({"L": (16, "bfloat16", (4, 4), (4, 1))}, "a matrix L has the dtype 'bfloat16', expected float32"),
         ({"G": (0, "float16", (4, 4), (4, 1))}, "'G' is at"),

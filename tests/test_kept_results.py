@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import threading
 from collections.abc import Iterator
 
@@ -17,7 +16,15 @@ from stepladder import _C, newton_schulz, pool
 
 SHAPE = (2, 512, 512)
 
-pytestmark = pytest.mark.skipif(not _C.matrix_units(), reason="no matrix unit runs here")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of ours, all of whose large results are kept."""
+    if not _C.matrix_units():
+        pytest.skip("no matrix unit runs here")
+    monkeypatch.delenv(newton_schulz.UNIT_VARIABLE, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +39,7 @@ def given(seed: int, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.
 
 
 @pytest.mark.parametrize("dtype", newton_schulz.KERNEL_DTYPES)
+@pytest.mark.usefixtures("unit")
 def test_a_result_takes_the_place_of_one_that_is_gone(dtype: torch.dtype):
     shape = (4, 512, 512)
     address = sl.ops.newton_schulz(given(0, shape, dtype)).data_ptr()
@@ -80,26 +88,23 @@ def test_results_of_threads_are_their_own():
 
 
 def test_no_more_is_kept_than_the_limit():
-    """By what the system counts as this process's memory."""
-    statm = "/proc/self/statm"
-    if not os.path.exists(statm):
-        pytest.skip("the system does not say how much memory a process has")
-
-    def resident() -> int:
-        with open(statm) as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
     limit, size = _C.KEPT_TENSOR_BYTES, 16 << 20
-    like = torch.empty(size // 4)
-    kept = [pool.empty(like.shape, like.dtype, like.device).fill_(1.0) for _ in range(limit // size)]
-    before = resident()
-    kept += [pool.empty(like.shape, like.dtype, like.device).fill_(1.0) for _ in range(6)]
-    assert resident() - before >= 5 * size
-    kept.clear()
-    assert resident() - before <= size
-    # What is larger than all that may be kept is not kept at all.
-    pool.empty((limit // 4 + 1,), torch.float32, torch.device("cpu")).fill_(1.0)
-    assert resident() - before <= size
+    tensors = [pool.empty((size // 4,), torch.float32, CPU) for _ in range(limit // size + 2)]
+    gone = tensors.pop().data_ptr()
+    assert _C.kept_bytes() >= size
+    # A smaller one does not take what is larger by more than a quarter; one that is nearly as large does.
+    small = pool.empty((size // 8,), torch.float32, CPU)
+    assert small.data_ptr() != gone
+    near = pool.empty((size * 9 // 40,), torch.float32, CPU)
+    assert near.data_ptr() == gone
+    del small, near
+    tensors.clear()
+    assert limit - size <= _C.kept_bytes() <= limit
+    # What is larger than all that may be kept is not kept at all, nor does it push out what is.
+    before = _C.kept_bytes()
+    large = pool.empty((limit // 4 + 1,), torch.float32, CPU)
+    del large
+    assert _C.kept_bytes() == before
 
 
 def test_what_tensors_are_used_for_works():
@@ -132,7 +137,10 @@ def test_an_unused_capsule_gives_its_memory_back():
     ("shape", "dtype", "message"),
     [
         ([2, 3], "float64", "a tensor has the dtype 'float64', expected float32, bfloat16 or float16"),
-        ([2, 0], "float32", "a tensor has 0 elements, expected at least 1"),
+        ([2, 0], "float32", "dimension 1 of a tensor is 0, expected 1 or more"),
+        ([-1, -4], "float32", "dimension 1 of a tensor is -4, expected 1 or more"),
+        ([1 << 62], "float32", "dimension 0 of a tensor is 4611686018427387904, .* up to 67108864 elements in all"),
+        ([1 << 20, 1 << 8], "bfloat16", "dimension 0 of a tensor is 1048576, .* up to 134217728 elements in all"),
     ],
 )
 def test_refusals(shape: list[int], dtype: str, message: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -289,7 +290,7 @@ def test_units_are_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, "abacus")
     with pytest.raises(ValueError, match="STEPLADDER_MATRIX_UNIT='abacus' is unknown, expected 'amx'"):
         sl.ops.newton_schulz(X)
-    monkeypatch.setattr(newton_schulz, "_units", lambda: (newton_schulz.TORCH,))
+    monkeypatch.setattr(newton_schulz, "_units", lambda module: (newton_schulz.TORCH,))
     monkeypatch.setenv(newton_schulz.UNIT_VARIABLE, "amx")
     with pytest.raises(RuntimeError, match="STEPLADDER_MATRIX_UNIT='amx' cannot run here"):
         sl.ops.newton_schulz(X)
@@ -320,22 +321,53 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("layout", ["rows", "transposed", "every other column"])
+def normalised_into(x: Tensor, y: Tensor, eps: float, divisor: float, threads: int = 1, module: Any = _C) -> Tensor:
+    module.normalise(newton_schulz.view_of(x), newton_schulz.view_of(y), eps, divisor, threads)
+    return y
+
+
 @pytest.mark.parametrize("dtype", newton_schulz.KERNEL_DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (333, 700), (2, 3, 40, 17), (16, 64, 128)])
-def test_what_torch_multiplies_is_normalised(shape: tuple[int, ...], dtype: torch.dtype, layout: str):
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (333, 700), (2, 3, 40, 17), (16, 64, 128), (5, 5000)])
+def test_what_torch_multiplies_is_normalised(
+    emulated_module: Any, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
+):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    given = laid_out(x, layout)
     expected = x.double() / (1.05 * torch.linalg.norm(x.double(), dim=(-2, -1), keepdim=True))
     for result, unit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8)):
-        found = [torch.empty_like(given, dtype=result).fill_(math.nan) for _ in range(2)]
-        for threads, y in enumerate(found, 1):
-            pair = newton_schulz.view_of(given), newton_schulz.view_of(y)
-            _C.normalise([pair], 1e-7, 1.05, threads)
-        assert torch.equal(*found)
+        y = normalised_into(x, torch.full(shape, math.nan, dtype=result), 1e-7, 1.05)
         # Roundings of the two factors, of the product of three and of the result.
         bound = (4 * 2.0**-24 + unit) * expected.abs()
-        assert bool(((found[0].double() - expected).abs() <= bound).all())
+        assert bool(((y.double() - expected).abs() <= bound).all())
+        # Neither threads, strides nor the width of vectors change a bit; the emulator has the least width.
+        for given in (laid_out(x, layout) for layout in ("rows", "transposed", "every other column")):
+            for out in (torch.full_like(y, math.nan), torch.full_like(y, math.nan).mT.contiguous().mT):
+                assert torch.equal(normalised_into(given, out, 1e-7, 1.05, threads=2), y)
+        assert torch.equal(normalised_into(x, torch.empty_like(y), 1e-7, 1.05, module=emulated_module), y)
+
+
+def on_the_edge(seed: int) -> Tensor:
+    """A matrix whose norm has a reciprocal between two numbers of fp32: roundings of its sum of squares decide."""
+    x = np.float32(2.0**-13) * np.random.default_rng(seed).random((48, 80), dtype=np.float32)
+    x[0, :4] = 0.0
+    middle = Fraction(3, 2) + Fraction(1, 2**24)
+    left = 1 / middle**2 - sum(Fraction(float(v)) ** 2 for v in x.flat)
+    for k in range(4):
+        x[0, k] = np.nextafter(np.float32(math.sqrt(left)), np.float32(0.0))
+        left -= Fraction(float(x[0, k])) ** 2
+    return torch.from_numpy(x)
+
+
+def test_the_order_of_sums_is_that_of_rows():
+    by_columns = 0
+    for seed in range(20):
+        x = on_the_edge(seed)
+        y = normalised_into(x, torch.empty_like(x), 0.0, 1.0)
+        for layout in ("transposed", "every other column"):
+            assert torch.equal(normalised_into(laid_out(x, layout), torch.empty_like(x), 0.0, 1.0), y)
+        sums = np.add.accumulate(np.square(x.T.numpy().astype(np.float64)).ravel())
+        by_columns += not torch.equal(x * float(np.float32(1.0 / math.sqrt(sums[-1]))), y)
+    # Else another order would have gone unnoticed.
+    assert by_columns > 0
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e38, math.inf, math.nan])
@@ -344,8 +376,7 @@ def test_normalised_at_the_ends_of_the_range(value: float, eps: float):
     x = torch.full((2, 3, 5), 0.25)
     x[1] = torch.tensor(value)
     expected = reference_normalised(x, eps, 1.0)
-    found = torch.empty_like(x)
-    _C.normalise([(newton_schulz.view_of(x), newton_schulz.view_of(found))], eps, 1.0, 2)
+    found = normalised_into(x, torch.empty_like(x), eps, 1.0)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1].isnan(), expected[1].isnan())
     assert torch.allclose(found[1].nan_to_num(), expected[1].nan_to_num(), rtol=2.0**-22, atol=0.0)
@@ -355,10 +386,10 @@ def test_normalised_refusals():
     x = torch.ones(4, 4)
     for y, message in (
         (x.half(), "normalised matrices are of float16, expected float32 or bfloat16"),
-        (x[:2], "the two tensors of a pair have different shapes"),
+        (x[:2], "the two tensors have different shapes"),
     ):
         with pytest.raises(_C.Error, match=message):
-            _C.normalise([(newton_schulz.view_of(x), newton_schulz.view_of(y))], 0.0, 1.0, 1)
+            normalised_into(x, y, 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -372,8 +403,10 @@ def test_normalised_refusals():
         (False, None, (1024, 1024), "jordan", torch.float32),
     ],
 )
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
 def test_in_which_dtype_torch_multiplies(
     monkeypatch: pytest.MonkeyPatch,
+    variable: str,
     tiles: bool,
     most: str | None,
     shape: tuple[int, int],
@@ -381,14 +414,41 @@ def test_in_which_dtype_torch_multiplies(
     expected: torch.dtype,
 ):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(newton_schulz.platform, "machine", lambda: "x86_64")
-    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    for name_of in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name_of, raising=False)
     if most is not None:
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+        monkeypatch.setenv(variable, most)
     newton_schulz._torch_has_bf16.cache_clear()
     try:
         assert newton_schulz._torch_dtype(resolve(name, None), torch.empty(shape)) == expected
+        newton_schulz._torch_has_bf16.cache_clear()
+        monkeypatch.setattr(newton_schulz.platform, "machine", lambda: "aarch64")
+        assert newton_schulz._torch_has_bf16()
     finally:
         newton_schulz._torch_has_bf16.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (300, 20), (3, 30, 30)])
+def test_defaults_of_the_caller_do_not_matter(shape: tuple[int, ...], unit: str):
+    x = torch.randn(shape)
+    for method in ("standard", "gram"):
+        expected = sl.ops.newton_schulz(x, method=method)
+        with torch.device("meta"):
+            assert torch.equal(sl.ops.newton_schulz(x, method=method), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(sl.ops.newton_schulz(x, method=method), expected)
+        with torch.inference_mode():
+            assert torch.equal(sl.ops.newton_schulz(x, method=method), expected)
+
+
+@pytest.mark.parametrize("name", ["jordan", "aol4"])
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_the_reference_leaves_autocast_and_its_input_alone(name: str, method: str):
+    x = torch.randn(3, 20, 30)
+    before, expected = x.clone(), sl.reference.newton_schulz(x, name, method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sl.reference.newton_schulz(x, name, method=method), expected)
+    assert torch.equal(x, before)

@@ -801,9 +801,20 @@ X = torch.ones(4, 4)
         ({"eps": -1.0}, "eps=-1, expected a finite number of at least 0"),
         ({"eps": math.inf}, "eps=inf, expected a finite number of at least 0"),
         ({"divisor": 0.0}, "divisor=0, expected a finite number above 0"),
-        ({"in": (X.data_ptr(), "float32", (-1, 4), (4, 1))}, "a matrix has -1 rows and 4 columns"),
-        ({"in": (X.data_ptr(), "float32", (4, 2**31), (4, 1))}, "a matrix has 4 rows and 2147483648 columns"),
-        ({"in": (X.data_ptr(), "float32", (2, 4, 4), (0, 4, 1))}, "tensors have 2, 1 and 0 matrices, expected as many"),
+        (
+            dict.fromkeys(("in", "out"), (X.data_ptr(), "float32", (-1, 4), (4, 1))),
+            "a matrix has -1 rows and 4 columns",
+        ),
+        (
+            dict.fromkeys(("in", "out"), (X.data_ptr(), "float32", (4, 2**31), (4, 1))),
+            "a matrix has 4 rows and 2147483648 columns",
+        ),
+        ({"in": (X.data_ptr(), "float32", (2, 4, 4), (0, 4, 1))}, "matrices and their results have different shapes"),
+        ({"out": (X.data_ptr(), "float32", (2, 8), (8, 1))}, "matrices and their results have different shapes"),
+        (
+            {"buffer": (X.data_ptr(), "float32", (8, 8), (8, 1))},
+            "matrices and their momentum have different shapes",
+        ),
         ({"in": (X.data_ptr(), "float32", (4,), (1,))}, "a tensor has 1 sizes and 1 strides, expected as many of both"),
         ({"in": (X.data_ptr(), "float32", (4, 4), (1,))}, "a tensor has 2 sizes and 1 strides, expected as many of"),
         ({"in": (0, "float32", (4, 4), (4, 1))}, "the matrix 'in' has no address"),
@@ -826,7 +837,8 @@ def test_refusals(gpu, change, message):
     x, result = torch.ones(4, 4), torch.full((4, 4), 7.0)
     given = {"steps": [(1.0, 2.0, 3.0)], "eps": 0.0, "divisor": 1.0, "workspace": 16, **change}
     shared = gpu.module.NewtonSchulzOptions(given["steps"], given["eps"], given["divisor"], False, False)
-    matrices = (given.get("in", view(x)), given.get("out", view(result)), given.get("options", shared), None)
+    muon = (given["buffer"], 0.9, True, True, 1.0, 1.0, 0.1) if "buffer" in given else None
+    matrices = (given.get("in", view(x)), given.get("out", view(result)), given.get("options", shared), muon)
     before = gpu.module.launches()
     with pytest.raises(gpu.module.Error, match=message):
         gpu.iteration().run([matrices], lambda size: given["workspace"], 0)

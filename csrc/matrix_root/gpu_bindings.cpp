@@ -70,11 +70,15 @@ std::vector<GramRecord> grams_of(const std::vector<PyGrams>& given) {
     SL_CHECK(name == "float32", "a matrix L has the dtype '", name, "', expected float32");
     const std::vector<newton_schulz::View> left = newton_schulz::views_of(squares),
                                            right = newton_schulz::views_of(factors);
+    const auto& square = std::get<2>(squares);
+    const int64_t rows = shape[shape.size() - 2];
     SL_CHECK(left.size() == right.size(), "there are ", left.size(), " matrices L and ", right.size(), " matrices G");
+    SL_CHECK(square.end()[-1] == rows && square.end()[-2] == rows, "a matrix L is of ", square.end()[-2], "x",
+             square.end()[-1], " for a matrix G of ", rows, " rows");
     for (size_t k = 0; k < left.size(); ++k) {
       const newton_schulz::View &l = left[k], &g = right[k];
       grams.push_back({static_cast<float*>(l.data), l.row_stride, l.col_stride, g.data, g.row_stride, g.col_stride,
-                       static_cast<int64_t>(g.dtype), shape[shape.size() - 2], shape[shape.size() - 1]});
+                       static_cast<int64_t>(g.dtype), rows, shape[shape.size() - 1]});
     }
   }
   return grams;

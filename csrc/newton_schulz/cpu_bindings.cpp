@@ -40,21 +40,19 @@ void bind_newton_schulz_cpu(py::module_& m) {
           py::arg("matrices"), py::arg("unit"), py::arg("threads"));
   m.def(
       "normalise",
-      [](const std::vector<std::pair<PyTensor, PyTensor>>& tensors, double eps, double divisor, int threads) {
+      [](const PyTensor& from, const PyTensor& to, double eps, double divisor, int threads) {
+        const auto& shape = std::get<2>(from);
+        const std::vector<View> sources = views_of(from), targets = views_of(to);
+        SL_CHECK(shape == std::get<2>(to), "the two tensors have different shapes");
+        SL_CHECK(std::get<1>(to) != "float16", "normalised matrices are of float16, expected float32 or bfloat16");
         std::vector<Normalised> matrices;
-        for (const auto& [from, to] : tensors) {
-          const auto& shape = std::get<2>(from);
-          const std::vector<View> sources = views_of(from), targets = views_of(to);
-          SL_CHECK(shape == std::get<2>(to), "the two tensors of a pair have different shapes");
-          SL_CHECK(std::get<1>(to) != "float16", "normalised matrices are of float16, expected float32 or bfloat16");
-          for (size_t k = 0; k < sources.size(); ++k)
-            matrices.push_back({shape[shape.size() - 2], shape[shape.size() - 1], sources[k], targets[k]});
-        }
+        for (size_t k = 0; k < sources.size(); ++k)
+          matrices.push_back({shape[shape.size() - 2], shape[shape.size() - 1], sources[k], targets[k]});
         const py::gil_scoped_release nogil;
         cpu_kernels(nullptr)->normalise(matrices, eps, divisor, threads);
       },
-      py::arg("tensors"), py::arg("eps"), py::arg("divisor"), py::arg("threads"),
-      "Matrices divided by their norms, from the first to the second tensor of each pair.");
+      py::arg("from"), py::arg("to"), py::arg("eps"), py::arg("divisor"), py::arg("threads"),
+      "Matrices divided by their norms, from one tensor to another.");
   m.def("matrix_units", &supported_engines, "Matrix units that were compiled for and run here, fastest first.");
 }
 

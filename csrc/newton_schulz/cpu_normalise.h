@@ -1,5 +1,5 @@
-// Matrices divided by their norms. Included once by cpu_kernels.cpp, which is compiled for each vector width: SL_ISA
-// names it.
+// Matrices divided by their norms. Included once by multi_tensor/cpu_kernels.cpp, which is compiled for each vector
+// width: SL_ISA names it.
 #pragma once
 
 #include <algorithm>
@@ -15,43 +15,28 @@ using namespace stepladder::newton_schulz;
 
 namespace {
 
-constexpr int64_t kPart = 1 << 15;  // elements of a task, about
-constexpr int64_t kLeastLines = 16;
-constexpr int kLanes = 16;  // sums that a vector or two of any processor holds
+constexpr int64_t kPart = 1 << 15;         // elements of a task, about
+constexpr int64_t kPartColumns = 1 << 11;  // of them, at the most; a multiple of kLanes
+constexpr int64_t kRows = 16;              // at a time, at the least
+constexpr int64_t kLanes = 16;             // sums along a row
 // Below the norm of any matrix of fp32 but that of zeros.
 constexpr double kLeast = 0x1p-150;
 
-// A matrix as lines of neighbours in memory.
-struct Lines {
-  int64_t count, length, from_line, to_line, from_stride, to_stride;
-
-  explicit Lines(const Normalised& m) {
-    const bool down = m.from.col_stride != 1 && m.from.row_stride == 1;
-    count = down ? m.cols : m.rows;
-    length = down ? m.rows : m.cols;
-    from_line = down ? m.from.col_stride : m.from.row_stride;
-    to_line = down ? m.to.col_stride : m.to.row_stride;
-    from_stride = down ? m.from.row_stride : m.from.col_stride;
-    to_stride = down ? m.to.row_stride : m.to.col_stride;
-  }
-  int64_t per_task() const { return std::max(kLeastLines, kPart / std::max<int64_t>(1, length)); }
-  int64_t tasks() const { return length == 0 ? 0 : (count + per_task() - 1) / per_task(); }
-};
-
-struct Task {
+// Rows and columns of a matrix.
+struct Part {
   size_t matrix;
-  int64_t begin, end;  // lines
+  int64_t row, rows, col, cols;
 };
 
-// ‖from‖F and what it makes of X: two factors, one of them a power of two, as their product need not be a normal
-// number.
+// What X is multiplied by: two factors, one of them a power of two, as their product need not be a normal number.
 struct Factors {
-  float power, rest;
+  float power = 0.0f, rest = 0.0f;
 
+  Factors() = default;
   Factors(double sum, double eps, double divisor) {
-    const double norm = std::sqrt(sum);
+    const double norm = std::sqrt(sum), least = std::max(eps, kLeast);
     // Not std::max, which would take eps for a NaN.
-    const double least = std::max(eps, kLeast), floor = (norm < least ? least : norm) * divisor;
+    const double floor = (norm < least ? least : norm) * divisor;
     int exponent = 0;
     if (std::isfinite(floor)) std::frexp(floor, &exponent);
     const double whole = std::ldexp(1.0, -std::clamp(exponent, -126, 126));
@@ -60,23 +45,48 @@ struct Factors {
   }
 };
 
-template <class T>
-double squares(const T* x, int64_t n, int64_t stride) {
-  double sums[kLanes] = {};
-  int64_t i = 0;
-  if (stride == 1) {
-    for (; i + kLanes <= n; i += kLanes) {
-      for (int l = 0; l < kLanes; ++l) {
-        const double v = to_float(x[i + l]);
-        sums[l] += v * v;
-      }
+inline double square(double x) { return x * x; }
+
+// Of at most kRows rows, in the same order whatever the strides: lanes of a row, what is left of it, row after row.
+template <bool kDown, class T>
+double squares(const T* x, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+  double lanes[kLanes * kRows] = {};
+  const int64_t whole = cols / kLanes * kLanes;
+  const auto lane = [](int64_t r, int64_t l) { return kDown ? l * kRows + r : r * kLanes + l; };
+  if (kDown) {
+    for (int64_t i = 0; i < whole; ++i)
+      for (int64_t r = 0; r < rows; ++r) lanes[lane(r, i % kLanes)] += square(to_float(x[r + i * col_stride]));
+  } else if (col_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* const row = x + r * row_stride;
+      double* const sums = lanes + r * kLanes;
+      for (int64_t i = 0; i < whole; i += kLanes)
+        for (int64_t l = 0; l < kLanes; ++l) sums[l] += square(to_float(row[i + l]));
     }
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < whole; ++i)
+        lanes[lane(r, i % kLanes)] += square(to_float(x[r * row_stride + i * col_stride]));
   }
+  double total = 0.0;
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0.0;
+    for (int64_t l = 0; l < kLanes; ++l) sum += lanes[lane(r, l)];
+    for (int64_t i = whole; i < cols; ++i) sum += square(to_float(x[r * row_stride + i * col_stride]));
+    total += sum;
+  }
+  return total;
+}
+
+template <class T>
+double squares(const T* x, const Part& part, const View& view) {
+  const bool down = view.row_stride == 1 && view.col_stride != 1;
   double sum = 0.0;
-  for (double s : sums) sum += s;
-  for (; i < n; ++i) {
-    const double v = to_float(x[i * stride]);
-    sum += v * v;
+  for (int64_t r = 0; r < part.rows; r += kRows) {
+    const int64_t rows = std::min(kRows, part.rows - r);
+    const T* const at = x + (part.row + r) * view.row_stride + part.col * view.col_stride;
+    sum += down ? squares<true>(at, rows, part.cols, view.row_stride, view.col_stride)
+                : squares<false>(at, rows, part.cols, view.row_stride, view.col_stride);
   }
   return sum;
 }
@@ -84,82 +94,79 @@ double squares(const T* x, int64_t n, int64_t stride) {
 inline void store(float value, float* to) { *to = value; }
 inline void store(float value, bf16* to) { *to = to_bf16(value); }
 
-// Lines [0, count) of one matrix.
 template <class From, class To>
-void scale(const From* x, To* to, int64_t count, const Lines& lines, const Factors& factors) {
+void scale(const From* from, To* to, const Part& part, const Normalised& matrix, const Factors& factors) {
+  const View &x = matrix.from, &y = matrix.to;
   const float power = factors.power, rest = factors.rest;
-  if (lines.from_stride == 1 && lines.to_stride == 1) {
-    for (int64_t l = 0; l < count; ++l) {
-      const From* const from_line = x + l * lines.from_line;
-      To* const to_line = to + l * lines.to_line;
-      for (int64_t i = 0; i < lines.length; ++i) store(to_float(from_line[i]) * power * rest, to_line + i);
+  from += part.row * x.row_stride + part.col * x.col_stride;
+  to += part.row * y.row_stride + part.col * y.col_stride;
+  if (x.col_stride == 1 && y.col_stride == 1) {
+    for (int64_t r = 0; r < part.rows; ++r) {
+      const From* const row = from + r * x.row_stride;
+      To* const result = to + r * y.row_stride;
+      for (int64_t i = 0; i < part.cols; ++i) store(to_float(row[i]) * power * rest, result + i);
     }
     return;
   }
-  // As many lines at a time as leave them in the cache: those that are written may go across.
-  for (int64_t begin = 0; begin < count; begin += kLeastLines) {
-    const int64_t end = std::min(count, begin + kLeastLines);
-    for (int64_t i = 0; i < lines.length; ++i) {
-      for (int64_t l = begin; l < end; ++l)
-        store(to_float(x[l * lines.from_line + i * lines.from_stride]) * power * rest,
-              to + l * lines.to_line + i * lines.to_stride);
-    }
+  // As many rows at a time as leave their lines in the cache while columns go across them.
+  for (int64_t begin = 0; begin < part.rows; begin += kRows) {
+    const int64_t end = std::min(part.rows, begin + kRows);
+    for (int64_t i = 0; i < part.cols; ++i)
+      for (int64_t r = begin; r < end; ++r)
+        store(to_float(from[r * x.row_stride + i * x.col_stride]) * power * rest,
+              to + r * y.row_stride + i * y.col_stride);
   }
 }
 
 template <class Run>
-void by_dtype(DType dtype, const void* data, Run run) {
-  switch (dtype) {
-    case DType::f32: return run(static_cast<const float*>(data));
-    case DType::bf16: return run(static_cast<const bf16*>(data));
-    default: return run(static_cast<const f16*>(data));
+void by_dtype(const View& view, Run run) {
+  switch (view.dtype) {
+    case DType::f32: return run(static_cast<const float*>(view.data));
+    case DType::bf16: return run(static_cast<const bf16*>(view.data));
+    default: return run(static_cast<const f16*>(view.data));
   }
 }
 
 }  // namespace
 
 void normalise(const std::vector<Normalised>& matrices, double eps, double divisor, int threads) {
-  std::vector<Task> tasks;
+  std::vector<Part> parts;
   std::vector<size_t> first;
   for (size_t k = 0; k < matrices.size(); ++k) {
-    const Lines lines(matrices[k]);
-    first.push_back(tasks.size());
-    for (int64_t t = 0; t < lines.tasks(); ++t)
-      tasks.push_back({k, t * lines.per_task(), std::min(lines.count, (t + 1) * lines.per_task())});
+    const int64_t rows = matrices[k].rows, cols = matrices[k].cols;
+    const int64_t wide = std::min(cols, kPartColumns), high = std::max(kRows, kPart / std::max<int64_t>(1, wide));
+    first.push_back(parts.size());
+    for (int64_t r = 0; r < rows; r += high)
+      for (int64_t c = 0; c < cols; c += wide)
+        parts.push_back({k, r, std::min(high, rows - r), c, std::min(wide, cols - c)});
   }
-  first.push_back(tasks.size());
-  std::vector<double> sums(tasks.size());
-  const auto count = static_cast<int64_t>(tasks.size());
-  const bool together = threads > 1 && count > 1;
-#pragma omp parallel num_threads(threads) if (together)
+  first.push_back(parts.size());
+  std::vector<double> sums(parts.size());
+  std::vector<Factors> factors(matrices.size());
+  const auto count = static_cast<int64_t>(parts.size());
+  if (count < 2) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < count; ++t) {
-      const Task& task = tasks[t];
-      const Lines lines(matrices[task.matrix]);
-      const View& from = matrices[task.matrix].from;
-      by_dtype(from.dtype, from.data, [&](const auto* x) {
-        double sum = 0.0;
-        for (int64_t l = task.begin; l < task.end; ++l)
-          sum += squares(x + l * lines.from_line, lines.length, lines.from_stride);
-        sums[t] = sum;
-      });
+      const View& from = matrices[parts[t].matrix].from;
+      by_dtype(from, [&](const auto* x) { sums[t] = squares(x, parts[t], from); });
+    }
+#pragma omp single
+    for (size_t k = 0; k < matrices.size(); ++k) {
+      double sum = 0.0;
+      for (size_t t = first[k]; t < first[k + 1]; ++t) sum += sums[t];
+      factors[k] = Factors(sum, eps, divisor);
     }
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < count; ++t) {
-      const Task& task = tasks[t];
-      const Lines lines(matrices[task.matrix]);
-      const View &from = matrices[task.matrix].from, &to = matrices[task.matrix].to;
-      double sum = 0.0;
-      for (size_t part = first[task.matrix]; part < first[task.matrix + 1]; ++part) sum += sums[part];
-      const Factors factors(sum, eps, divisor);
-      by_dtype(from.dtype, from.data, [&](const auto* x) {
-        const auto* const begin = x + task.begin * lines.from_line;
-        const int64_t at = task.begin * lines.to_line, lines_here = task.end - task.begin;
-        if (to.dtype == DType::bf16)
-          scale(begin, static_cast<bf16*>(to.data) + at, lines_here, lines, factors);
+      const Normalised& matrix = matrices[parts[t].matrix];
+      const Factors& own = factors[parts[t].matrix];
+      by_dtype(matrix.from, [&](const auto* x) {
+        if (matrix.to.dtype == DType::bf16)
+          scale(x, static_cast<bf16*>(matrix.to.data), parts[t], matrix, own);
         else
-          scale(begin, static_cast<float*>(to.data) + at, lines_here, lines, factors);
+          scale(x, static_cast<float*>(matrix.to.data), parts[t], matrix, own);
       });
     }
   }

@@ -14,7 +14,7 @@ struct Normalised {
 };
 
 // to ← from / (max(‖from‖F, eps)·divisor) for each matrix, in two passes over it. The sum of squares is taken in fp64,
-// in parts that do not depend on the number of threads.
+// in an order that depends on the matrix's shape alone.
 using Normalise = void (*)(const std::vector<Normalised>& matrices, double eps, double divisor, int threads);
 
 }  // namespace stepladder::newton_schulz

@@ -79,8 +79,8 @@ inline std::vector<Job> jobs_of(const std::vector<PyMatrices>& given) {
     const auto& shape = std::get<2>(in);
     const std::vector<View> from = views_of(in), to = views_of(out);
     const std::vector<View> buffers = added ? views_of(std::get<0>(*added)) : std::vector<View>();
-    SL_CHECK(from.size() == to.size() && (!added || from.size() == buffers.size()), "tensors have ", from.size(), ", ",
-             to.size(), " and ", buffers.size(), " matrices, expected as many of each");
+    SL_CHECK(shape == std::get<2>(out), "matrices and their results have different shapes");
+    SL_CHECK(!added || shape == std::get<2>(std::get<0>(*added)), "matrices and their momentum have different shapes");
     Job job;
     job.rows = shape[shape.size() - 2];
     job.cols = shape[shape.size() - 1];

@@ -104,6 +104,7 @@ class StepPlan:
 # How much is kept of tensors that are gone.
 KEPT_TENSOR_BYTES: int
 
+def kept_bytes() -> int: ...
 def kept_tensor(shape: Sequence[int], dtype: str) -> Any: ...
 
 class NewtonSchulzOptions:
@@ -121,7 +122,7 @@ class NewtonSchulzCpu:
     def __init__(self, kept_bytes: int) -> None: ...
     def run(self, matrices: list[_Matrices], unit: str, threads: int) -> None: ...
 
-def normalise(tensors: list[tuple[_Tensor, _Tensor]], eps: float, divisor: float, threads: int) -> None: ...
+def normalise(source: _Tensor, to: _Tensor, /, eps: float, divisor: float, threads: int) -> None: ...
 
 class NewtonSchulzGpu:
     def __init__(self, device: int, shared_limit: int = ..., clusters: bool = ...) -> None: ...
@@ -159,7 +160,7 @@ class GpuRoots:
 # of whether they fell back, and of whether they are finite.
 _BasisStack = tuple[int, int, int, int, int, int, int, int, int, int]
 
-# L, G, rows and columns of G.
+# L and G.
 _Grams = tuple[_Tensor, _Tensor]
 
 class GpuGrams:

@@ -31,7 +31,7 @@ TORCH = "torch"
 CLUSTERS_VARIABLE = "STEPLADDER_CLUSTERS"
 # Of workspace that is kept from call to call.
 KEPT_BYTES = 1 << 28
-# Multiplications of a product below which torch's are faster in fp32 than in bf16 even on tiles.
+# Multiplications m·m·n of all matrices of a tensor up to which torch's products are faster in fp32 than on tiles.
 LEAST_BF16 = 1 << 22
 
 
@@ -189,13 +189,13 @@ def form_for(method: str, shape: torch.Size, unit: str, chosen: CoefficientSet) 
 
 
 @functools.cache
-def _units() -> tuple[str, ...]:
-    return *_C.matrix_units(), TORCH
+def _units(module: Any) -> tuple[str, ...]:
+    return *module.matrix_units(), TORCH
 
 
 def matrix_unit() -> str:
     """Who multiplies on this CPU: the fastest unit that the environment allows, or torch."""
-    names, asked = _units(), _C.environment(UNIT_VARIABLE)
+    names, asked = _units(_C), _C.environment(UNIT_VARIABLE)
     if asked is None:
         return names[0]
     if asked not in ("amx", "avx512_bf16", TORCH):
@@ -226,7 +226,8 @@ def _by_reference(given: list[Tensor], chosen: CoefficientSet, method: str, eps:
 def _torch_has_bf16() -> bool:
     """Whether torch's products in bf16 can be faster than those in fp32.
 
-    On x86 that takes tiles: by AVX-512 they took 1.3 to 4.6 times as long, with its bf16 instructions or without.
+    On x86 that takes tiles: by AVX-512, with its bf16 instructions or without, they took 1.3 to 4.6 times as long, as
+    measured by hand (docs/performance.md).
     """
     there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not there or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -249,16 +250,15 @@ def _torch_dtype(chosen: CoefficientSet, x: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
-    given = [x.resolve_neg() for x in given]
+    return [_product_by_torch(x.resolve_neg(), chosen, method, eps) for x in given]
+
+
+def _product_by_torch(x: Tensor, chosen: CoefficientSet, method: str, eps: float) -> Tensor:
     # Contiguous, so that strides change no bit.
-    normalised = [torch.empty(x.shape, dtype=_torch_dtype(chosen, x)) for x in given]
-    pairs = [(view_of(x), view_of(y)) for x, y in zip(given, normalised, strict=True)]
-    _C.normalise(pairs, eps, chosen.divisor, torch.get_num_threads())
-    results = []
-    for x, y in zip(given, normalised, strict=True):
-        y = polynomials(y, chosen, form_for(method, x.shape, TORCH, chosen))
-        results.append(y if y.dtype == x.dtype else pool.empty(x.shape, x.dtype, x.device).copy_(y))
-    return results
+    y = torch.empty(x.shape, dtype=_torch_dtype(chosen, x), device=x.device)
+    _C.normalise(view_of(x), view_of(y), eps, chosen.divisor, torch.get_num_threads())
+    y = polynomials(y, chosen, form_for(method, x.shape, TORCH, chosen))
+    return y if y.dtype == x.dtype else pool.empty(x.shape, x.dtype, x.device).copy_(y)
 
 
 # Of a tensor [..., m, n]: address, dtype, shape, strides.
@@ -276,10 +276,15 @@ def view_of(x: Tensor) -> View:
     return x.data_ptr(), pool.DTYPE_NAMES[x.dtype], x.shape, x.stride()
 
 
-@functools.lru_cache(maxsize=64)
 def options_of(chosen: CoefficientSet, eps: float, form: str) -> _C.NewtonSchulzOptions:
     """What the compiled kernels are told of an iteration."""
-    return _C.NewtonSchulzOptions(chosen.steps, eps, chosen.divisor, chosen.aol, form == "gram")
+    options: _C.NewtonSchulzOptions = _options_of(_C, chosen, eps, form)
+    return options
+
+
+@functools.lru_cache(maxsize=64)
+def _options_of(module: Any, chosen: CoefficientSet, eps: float, form: str) -> Any:
+    return module.NewtonSchulzOptions(chosen.steps, eps, chosen.divisor, chosen.aol, form == "gram")
 
 
 # This thread's iterations, with the workspace that they keep: one for the CPU, one for each GPU.

@@ -107,16 +107,25 @@ def normalised_wide(X: Tensor, eps: float, divisor: float) -> Tensor:
     return torch.where(norm > 0, x / (torch.maximum(norm, eps / unit) * divisor), x * norm)
 
 
+def times(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right, in `out` where it is given, and always in their dtype: autocast leaves such products alone."""
+    if out is None:
+        out = left.new_empty(*left.shape[:-1], right.shape[-1])
+    return torch.matmul(left, right, out=out)
+
+
 def aol(x: Tensor) -> Tensor:
     """Rows divided by √(Σⱼ|Aᵢⱼ|), A = xxᵀ; a row of zeros stays one."""
-    sums = (x @ x.mT).abs().sum(-1, keepdim=True)
+    sums = times(x, x.mT).abs().sum(-1, keepdim=True)
     return torch.where(sums != 0, x / sums.sqrt(), x)
 
 
 def plus_product(
     beta: float, added: Tensor, alpha: float, left: Tensor, right: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """beta·added + alpha·left @ right, in `out` where it is given."""
+    """beta·added + alpha·left @ right, likewise."""
+    if out is None:
+        out = torch.empty_like(added)
     add = torch.addmm if added.ndim == 2 else torch.baddbmm
     return add(added, left, right, beta=beta, alpha=alpha, out=out)
 
@@ -124,11 +133,9 @@ def plus_product(
 def standard_form(x: Tensor, chosen: CoefficientSet) -> Tensor:
     """X ← aX + (bA + cA²)X; x is written to."""
     other = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    gram = x @ x.mT  # [..., m, m]
-    poly = torch.empty_like(gram)
-    for k, (a, b, c) in enumerate(chosen.steps):
-        if k > 0:
-            torch.matmul(x, x.mT, out=gram)
+    gram, poly = (x.new_empty(*x.shape[:-1], x.shape[-2]) for _ in range(2))  # [..., m, m]
+    for a, b, c in chosen.steps:
+        times(x, x.mT, out=gram)
         plus_product(b, gram, c, gram, gram, out=poly)
         plus_product(a, x, 1.0, poly, x, out=other)
         x, other = other, x
@@ -137,15 +144,15 @@ def standard_form(x: Tensor, chosen: CoefficientSet) -> Tensor:
 
 def gram_form(x: Tensor, chosen: CoefficientSet) -> Tensor:
     """The same polynomials on m×m matrices alone: x is touched every other step."""
-    q = r = x @ x.mT  # [..., m, m]
+    q = r = times(x, x.mT)  # [..., m, m]
     for k, (a, b, c) in enumerate(chosen.steps):
         fresh = k % RESTART_EVERY == 0  # q stands for the identity
         if fresh and k > 0:
-            x = q @ x
-            r = x @ x.mT
+            x = times(q, x)
+            r = times(x, x.mT)
         z = plus_product(b, r, c, r, r)
         q = z + a * torch.eye(z.shape[-1], dtype=z.dtype, device=z.device) if fresh else plus_product(a, q, 1.0, q, z)
         if (k + 1) % RESTART_EVERY and k + 1 < len(chosen.steps):
             p = plus_product(a, r, 1.0, r, z)
             r = plus_product(a, p, 1.0, z, p)
-    return q @ x
+    return times(q, x)
