@@ -84,8 +84,8 @@ def newton_schulz(
         backend: "cpu", "cuda", "triton", "reference", or None to choose by the device.
 
     Returns:
-        Tensors as given, of the same shapes and dtypes. Large ones on a CPU lie in memory that is kept for later ones
-        once they are gone; they cannot be resized to more elements.
+        Tensors as given, of the same shapes and dtypes. Large ones on a CPU may lie in memory that is kept for later
+        ones once they are gone; such tensors cannot be resized to more elements.
 
     Raises:
         TypeError: X is no floating-point tensor, or of a dtype that the backend asked for does not take.

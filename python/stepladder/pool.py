@@ -16,7 +16,7 @@ LEAST_BYTES = 1 << 20
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty; on a CPU a large tensor lies in memory that is kept, up to 256 MB of it in a process.
+    """As torch.empty; on a CPU a large tensor lies in memory that stays with the process, up to 256 MB of it.
 
     New pages can take longer than what is computed in them. Such a tensor cannot be resized to more than it has.
     """
