@@ -1,7 +1,7 @@
 #include "common/buffer_pool.h"
 
-#include <cstddef>
 #include <iterator>
+#include <new>
 #include <utility>
 
 #include "common/error.h"

@@ -22,7 +22,7 @@ from stepladder.coefficients import Coefficients, CoefficientSet, resolve
 from stepladder.reference.newton_schulz import METHODS, iterate, polynomials
 
 # What kernels take; fp64 is left to the reference.
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = tuple(pool.DTYPE_NAMES)
 FLOATING_DTYPES = (*KERNEL_DTYPES, torch.float64)
 # Names the fastest matrix unit of the CPU that may be used: "amx", "avx512_bf16", or "torch" for torch's products.
 UNIT_VARIABLE = "STEPLADDER_MATRIX_UNIT"
@@ -250,10 +250,10 @@ def _torch_dtype(chosen: CoefficientSet, x: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def _by_torch(given: list[Tensor], chosen: CoefficientSet, method: str, eps: float) -> list[Tensor]:
-    return [_product_by_torch(x.resolve_neg(), chosen, method, eps) for x in given]
+    return [_iterate_by_torch(x.resolve_neg(), chosen, method, eps) for x in given]
 
 
-def _product_by_torch(x: Tensor, chosen: CoefficientSet, method: str, eps: float) -> Tensor:
+def _iterate_by_torch(x: Tensor, chosen: CoefficientSet, method: str, eps: float) -> Tensor:
     # Contiguous, so that strides change no bit.
     y = torch.empty(x.shape, dtype=_torch_dtype(chosen, x), device=x.device)
     _C.normalise(view_of(x), view_of(y), eps, chosen.divisor, torch.get_num_threads())

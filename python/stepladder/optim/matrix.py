@@ -213,6 +213,7 @@ def reads_rate(lr: Any, tensors: Sequence[Tensor], backend: str) -> bool:
 def _step_fused(jobs: list[MuonJob], factor: float, unit: str) -> None:
     """The step in one call: momentum as gradients are read, decay and update as the last product is written."""
     sets: dict[Hashable, CoefficientSet] = {}
+    options: dict[Hashable, Any] = {}
     for bunch in _bunches(jobs, lambda job: (job.backend, job.param.device)):
         backend, device = bunch[0].backend, bunch[0].param.device
         multiplies = unit if backend == "cpu" else backend
@@ -223,12 +224,15 @@ def _step_fused(jobs: list[MuonJob], factor: float, unit: str) -> None:
             which = s.ns_coefficients, s.ns_steps
             if which not in sets:
                 sets[which] = resolve(*which)
-            options = options_of(sets[which], s.eps, form_for(s.ns_method, job.param.shape, multiplies, sets[which]))
+            form = form_for(s.ns_method, job.param.shape, multiplies, sets[which])
+            key = which, s.eps, form
+            if key not in options:
+                options[key] = options_of(sets[which], s.eps, form)
             averages = s.momentum_form == "ema"
             decay, step = 1.0 - s.lr * s.weight_decay, s.lr * job.scale
             made = step if s.rate is None else (s.rate.data_ptr(), s.rate.dtype == DOUBLE, s.weight_decay, job.scale)
             how = s.momentum, averages, s.nesterov, factor * s.sign, decay, made
-            matrices.append((view_of(grad), view_of(job.param), options, (view_of(job.buffer), *how)))
+            matrices.append((view_of(grad), view_of(job.param), options[key], (view_of(job.buffer), *how)))
         with ranges.kernel("momentum, newton_schulz, update", partial(_fused_work, bunch, sets)):
             run_compiled(matrices, multiplies, device)
     torch._C._increment_version([tensor for job in jobs for tensor in (job.param, job.buffer)])
